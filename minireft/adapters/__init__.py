@@ -1,0 +1,41 @@
+"""The methods, one file each: reft.py, ia3.py, neftune.py, lora.py; base.py holds what they share.
+
+Use:  adapter = load_adapter(model, path)         # any of them, from the file that adapter.save(path) wrote
+See:  the loaded adapter gives the logits of the saved one, to the bit; it is not attached.
+"""
+
+from __future__ import annotations
+
+import json
+
+from .. import files
+from .base import Adapter, fingerprint, same_base
+from .ia3 import IA3
+from .lora import LoRA
+from .neftune import NEFTune
+from .reft import ConsReFT, DiReFT, LobiReFT, LoReFT, NoReFT
+
+KINDS = {kind.__name__: kind for kind in (LoReFT, DiReFT, NoReFT, ConsReFT, LobiReFT, IA3, LoRA, NEFTune)}
+
+
+def load_adapter(model, path, force: bool = False) -> Adapter:
+    """The adapter saved at `path`, made for `model`, not attached.
+
+    Raises FileNotFoundError; ValueError for a file that is no adapter, is damaged, or was made for another base (the
+    configuration and weights are compared, whatever the dtype; force=True loads it all the same if the shapes fit).
+    """
+    tensors, metadata = files.read_tensors(path)
+    if metadata.get("format") != "minireft adapter" or metadata.get("kind") not in KINDS:
+        raise ValueError(f"{path} holds no minireft adapter (its kind is {metadata.get('kind')!r}): expected a file that adapter.save() wrote")
+    base = json.loads(metadata["base"])
+    difference = same_base(base, fingerprint(model))
+    if difference and not force:
+        raise ValueError(f"{path} was made for another base: {difference}. Load that base, or pass force=True to try it here")
+    adapter = KINDS[metadata["kind"]](model, **json.loads(metadata["options"]))
+    adapter.base = base
+    expected = {name: tuple(p.shape) for name, p in adapter.state_dict().items()}
+    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    if expected != found:
+        raise ValueError(f"{path} does not fit this model: expected tensors {expected}, found {found}")
+    adapter.load_state_dict(tensors)
+    return adapter

@@ -1,0 +1,53 @@
+"""LoRA: a low-rank update beside a frozen Linear (Hu et al. 2021, equation 3). Here as the baseline to compare with.
+
+Use:  lora = LoRA(model, rank=8, alpha=16, sites=("query", "value")); lora.attach()       # sites="all": every Linear of a block
+See:  y = W x + (α / r) B A x, with B = 0 at the start.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from .base import LINEARS, Adapter, pick_sites
+
+
+class Beside:
+    """y + (α/r) B A x for one Linear of one layer."""
+
+    def __init__(self, adapter: LoRA, name: str, layer: int):
+        self.adapter, self.name, self.layer = adapter, name, layer
+
+    def __call__(self, operation, context):
+        a, b = (w[self.layer] for w in context[self.adapter][self.name])  # (r, in), (out, r)
+        return lambda x: operation(x) + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
+
+
+class LoRA(Adapter):
+    """rank r from 1; alpha α scales the update by α / r; sites: any of a block's Linears, or "all". r·(in + out)
+    parameters for each Linear. Raises ValueError for values out of range."""
+
+    def __init__(self, model, rank: int = 8, alpha: float = 16, sites=("query", "value")):
+        modules = dict(model.blocks[0].named_modules())
+        present = [name for name, path in LINEARS.items() if path in modules]               # a plain feed-forward has no gate
+        sites = tuple(present) if sites == "all" else pick_sites(model, sites, present)
+        if not isinstance(rank, int) or not 1 <= rank <= model.config.width:
+            raise ValueError(f"rank is {rank!r}: expected a whole number from 1 to the model's width, {model.config.width}")
+        super().__init__(model, rank=rank, alpha=alpha, sites=list(sites))
+        self.sites = sites
+        for name in sites:
+            out, inputs = model.blocks[0].get_submodule(LINEARS[name]).weight.shape
+            a = self.parameter(model.config.layers, rank, inputs)
+            torch.nn.init.uniform_(a, -1 / math.sqrt(inputs), 1 / math.sqrt(inputs))
+            self.register_parameter(f"{name}_a", a)                       # (L, r, in)
+            self.register_parameter(f"{name}_b", self.parameter(model.config.layers, out, rank))        # (L, out, r)
+
+    def edits(self):
+        return [(block.get_submodule(LINEARS[name]), Beside(self, name, layer))
+                for layer, block in enumerate(self.model.blocks) for name in self.sites]
+
+    def prepare(self, tokens, mask, prompt_lengths, tasks, past):
+        scaling = self.options["alpha"] / self.options["rank"]
+        return {name: (self.get_parameter(f"{name}_a") * scaling, self.get_parameter(f"{name}_b")) for name in self.sites}

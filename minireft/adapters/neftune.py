@@ -1,0 +1,76 @@
+"""NEFTune: noise on the token embeddings while a model trains, and at no other time (Jain et al. 2023, algorithm 1).
+
+Use:  noise = NEFTune(model, alpha=5.0); minireft.train(model, adapters=[noise], ..., full fine-tuning or with others)
+See:  x' = x + (α / √(T·C)) ε,  ε ~ U[−1, 1]: a sequence's noise has a norm of about α / √3, however long it is.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .. import ops
+from .base import Adapter
+
+
+class Noise:
+    """Replaces the gather of embeddings by gather and noise in one pass."""
+
+    def __init__(self, adapter: NEFTune):
+        self.adapter = adapter
+
+    def __call__(self, operation, context):
+        prepared = context[self.adapter]
+        if prepared is None:
+            return operation
+        options, weight = self.adapter.options, self.adapter.model.embed.weight
+        return lambda ids: ops.noisy_embedding(ids, weight, options["alpha"], *prepared, distribution=options["distribution"])
+
+
+class NEFTune(Adapter):
+    """alpha α ≥ 0; length "real" (each row's own tokens, none on padding: the authors' training code) or "padded" (the
+    row with its padding: the paper's algorithm and the libraries); distribution "uniform" or "gaussian" (the ablation, of
+    the same variance); seed of the noise. No parameters. Raises ValueError for values out of range.
+
+    The noise is a function of (seed, step, example, token, channel), not of torch's generator: padding, batching and
+    resuming do not change it. Silent unless the model is in training mode.
+    """
+
+    def __init__(self, model, alpha: float = 5.0, length: str = "real", distribution: str = "uniform", seed: int = 0):
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha) or alpha < 0:
+            raise ValueError(f"alpha is {alpha!r}: expected a finite number of at least 0; the paper uses 5, 10 and 15")
+        for name, value, known in (("length", length, ("real", "padded")), ("distribution", distribution, ("uniform", "gaussian"))):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}: expected {' or '.join(map(repr, known))}")
+        super().__init__(model, alpha=float(alpha), length=length, distribution=distribution, seed=seed)
+        self.seed = torch.tensor([seed, 0], device=model.embed.weight.device)             # (2,) seed and step
+        self.rows = None                                                  # (B,) which examples are in the batch
+
+    def edits(self):
+        return [(self.model.embed, Noise(self))]
+
+    def attach(self):
+        super().attach()
+        edits = self.model.embed.edits                                    # noise comes first: others edit what was embedded
+        edits.insert(0, edits.pop())
+        return self
+
+    def refuse(self, other):
+        if isinstance(other, NEFTune):
+            raise ValueError("a NEFTune is attached already: a second one would add noise twice")
+
+    def begin(self, step, rows=None):
+        self.seed[1] = step
+        self.rows = rows
+
+    def prepare(self, tokens, mask, prompt_lengths, tasks, past):
+        if not self.model.training or past:
+            return None
+        B, T = tokens.shape
+        if mask is None or self.options["length"] == "padded":
+            lengths, index = tokens.new_full((B,), T), None               # (B,)
+        else:                                                             # padding has length 0: no noise there
+            lengths = mask.sum(1, keepdim=True) * mask                    # (B, T)
+            index = (mask.long().cumsum(1) - 1).clamp(min=0)              # (B, T) the same token has the same index, padded or not
+        return self.seed, lengths, self.rows, index
