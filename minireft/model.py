@@ -265,6 +265,7 @@ class Model(nn.Module):
         super().__init__()
         c, self.config = config, config
         self.adapters: list = []            # those attached, in order; each prepares once a forward pass
+        self.tokenizer = None               # whoever loads a model with its tokenizer leaves it here
         self.embed = Embedding(c.vocab_size, c.width)
         self.position = Embedding(c.context, c.width) if c.positions == "learned" else None
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.layers))

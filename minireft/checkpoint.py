@@ -1,0 +1,66 @@
+"""Bases on disk: a folder with config.json, model.safetensors and tokenizer.json.
+
+Use:  model, tokenizer = load("base")            # the one that is shipped; or a folder
+See:  the same logits as the model that save() wrote; None for a tokenizer where the folder has none.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from . import files
+from .model import Model, ModelConfig
+from .tokenizer import Tokenizer
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+def load(path="base", device=None, dtype=None):
+    """(model, tokenizer) from "base" or a folder; evaluation mode, gradients off until someone trains it.
+
+    device: where the model goes (None: the CPU); dtype: of its weights (None: float32). Raises FileNotFoundError, or
+    ValueError for a folder that is damaged or foreign.
+    """
+    folder = ASSETS if str(path) == "base" else Path(path)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"there is no base at {folder}: expected 'base' or a folder with config.json and model.safetensors")
+    try:
+        settings = json.loads((folder / "config.json").read_text())
+        kind = settings.pop("format")
+        config = ModelConfig(**settings) if kind == "minireft base" else None
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / 'config.json'} does not describe a minireft base ({error}): fetch or write the folder again") from error
+    if config is None:
+        raise ValueError(f"{folder / 'config.json'} has format {kind!r}: expected 'minireft base'")
+    with torch.device("meta"):
+        model = Model(config)
+    tensors, _ = files.read_tensors(folder / "model.safetensors")
+    if config.tied and "embed.weight" in tensors:
+        tensors["head.weight"] = tensors["embed.weight"]
+    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise ValueError(f"{folder / 'model.safetensors'} does not fit its config.json: {name} has shape {found.get(name)}, "
+                             f"expected {expected.get(name)}")
+    model.load_state_dict({name: t.to(device or "cpu", dtype or torch.float32) for name, t in tensors.items()}, assign=True)
+    if config.tied:
+        model.head.weight = model.embed.weight
+    model.requires_grad_(False).eval()
+    tokenizer = folder / "tokenizer.json"
+    model.tokenizer = Tokenizer.from_file(tokenizer) if tokenizer.is_file() else None
+    return model, model.tokenizer
+
+
+def save(model: Model, tokenizer, path, dtype=None) -> None:
+    """Writes a base as a folder that `load` reads; dtype of the stored weights (None: as they are)."""
+    folder = Path(path)
+    tensors = {name: t.to(dtype) if dtype else t for name, t in model.state_dict().items() if not (model.config.tied and name == "head.weight")}
+    files.write_tensors(folder / "model.safetensors", tensors)
+    files.write_text(folder / "config.json", json.dumps({"format": "minireft base", **asdict(model.config)}, indent=2) + "\n")
+    if tokenizer is not None:
+        tokenizer.save(folder / "tokenizer.json")

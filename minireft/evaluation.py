@@ -1,0 +1,85 @@
+"""Evaluation: does the model rank the right choice highest, and does it write the right answer?
+
+Use:  scores = evaluate(model, tokenizer, examples); print(scores)
+See:  shares of right answers with their standard errors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .data import Encoded, Example, collate, encode, encode_prompt
+from .generation import generate_ids
+from .losses import token_losses
+from .model import Model
+
+
+@dataclass(frozen=True)
+class Scores:
+    """rank: share of examples whose likeliest choice is right (None without choices); exact: share written exactly."""
+
+    n: int
+    rank: float | None
+    exact: float | None
+    answers: tuple[str, ...] = ()       # what was written, in the order of the examples
+
+    def standard_error(self, name: str) -> float:
+        """√(p(1 − p)/n) of 'rank' or 'exact'."""
+        p = getattr(self, name)
+        return (p * (1 - p) / self.n) ** 0.5
+
+    def __str__(self) -> str:
+        parts = [f"{name} {getattr(self, name):.3f} ± {self.standard_error(name):.3f}" for name in ("rank", "exact")
+                 if getattr(self, name) is not None]
+        return f"{', '.join(parts)} on {self.n} examples"
+
+
+@torch.no_grad()
+def mean_log_likelihoods(model: Model, rows: list[Encoded], batch_size: int = 64) -> list[float]:
+    """β(y) = (1/T) Σ log p(y_t | x, y_<t) of each row's completion, end of text included (T-Few, section 3.2)."""
+    device, scores = model.embed.weight.device, [0.0] * len(rows)
+    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))  # rows of like length pad little
+    for first in range(0, len(rows), batch_size):
+        chosen = by_length[first : first + batch_size]
+        batch = collate([rows[i] for i in chosen]).to(device)
+        losses = token_losses(model(batch.tokens, batch.mask, batch.prompt_lengths), batch.tokens)       # (B, T − 1)
+        answer = batch.answer[:, 1:]                                      # (B, T − 1)
+        for i, score in zip(chosen, (-(losses * answer).sum(1) / answer.sum(1)).tolist()):
+            scores[i] = score
+    return scores
+
+
+def evaluate(model: Model, tokenizer, examples: list[Example], metrics=("rank", "exact"), batch_size: int = 64) -> Scores:
+    """Scores the model, with whatever adapters are attached, in evaluation mode.
+
+    "rank": among an example's choices the one of the highest mean log-likelihood a token must be its completion.
+    "exact": the greedy continuation must equal the completion, token for token. Examples without choices are not ranked.
+    Raises ValueError for no examples, or a completion that is not among the choices.
+    """
+    if not examples:
+        raise ValueError("there are no examples to evaluate on")
+    context, training = model.config.context, model.training
+    model.eval()
+    try:
+        rank, exact, answers = None, None, []
+        if "rank" in metrics and all(example.choices for example in examples):
+            rows = [encode(tokenizer, Example(e.prompt, choice), context) for e in examples for choice in e.choices]
+            scores, right = iter(mean_log_likelihoods(model, rows, batch_size)), 0
+            for e in examples:
+                if e.completion not in e.choices:
+                    raise ValueError(f"the completion {e.completion!r} is not among the choices {e.choices} of {e.prompt[:60]!r}")
+                best = max(e.choices, key=dict(zip(e.choices, scores)).get)
+                right += best == e.completion
+            rank = right / len(examples)
+        if "exact" in metrics:
+            wanted = [tokenizer.encode(e.completion) for e in examples]
+            prompts = [encode_prompt(tokenizer, e.prompt, context - 1) for e in examples]
+            for first in range(0, len(examples), batch_size):
+                most = max(map(len, wanted[first : first + batch_size])) + 1            # one more: the end must come in time
+                answers += generate_ids(model, prompts[first : first + batch_size], most, tokenizer.eos_id)
+            exact = sum(a == w for a, w in zip(answers, wanted)) / len(examples)
+    finally:
+        model.train(training)
+    return Scores(len(examples), rank, exact, tuple(map(tokenizer.decode, answers)))

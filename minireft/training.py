@@ -1,0 +1,217 @@
+"""Training: the adapters' parameters, or the whole base, on examples; runs that can be stopped and resumed to the bit.
+
+Use:  train(model, adapters=[reft], examples=examples, config=TrainConfig(steps=200, lr=1e-2))
+See:  a progress bar with the loss; out/log.jsonl, a line a step; out/checkpoint.pt, from which resume=True goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from . import files
+from .adapters.base import Adapter
+from .data import Encoded, Example, collate, encode, order
+from .losses import cross_entropy
+from .model import Model
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. `batch_size` examples make one step, in `accumulate` pieces if memory is short."""
+
+    steps: int = 200
+    batch_size: int = 16
+    accumulate: int = 1
+    lr: float = 1e-2                    # the peak, after the warm-up
+    optimizer: str = "adamw"            # "adamw" | "adafactor"
+    weight_decay: float = 0.0
+    schedule: str = "linear"            # to zero: "linear" | "cosine"; or "constant"
+    warmup: float = 0.1                 # share of the steps over which the rate rises
+    clip: float = 1.0                   # the gradient's largest norm; 0 = no clipping
+    bf16: bool = False                  # autocast the forward pass
+    full: bool = False                  # train the base itself as well
+    seed: int = 0                       # of the examples' order
+    save_every: int = 50                # steps between checkpoints, when there is an output folder
+
+    def __post_init__(self):
+        limits = {"steps": 1, "batch_size": 1, "accumulate": 1, "save_every": 1}
+        for name, least in limits.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected at least {least}")
+        for name, known in (("optimizer", ("adamw", "adafactor")), ("schedule", ("linear", "cosine", "constant"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(known)}")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ValueError(f"lr is {self.lr}: expected a number above 0")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup is {self.warmup}: expected a share of the steps, from 0 to below 1")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} cannot be cut into {self.accumulate} equal pieces")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of step 0, 1, ...: a linear rise to `lr`, then the schedule's way down."""
+        rise = round(self.warmup * self.steps)
+        if step < rise:
+            return self.lr * (step + 1) / rise
+        done = (step - rise) / max(1, self.steps - rise)
+        return self.lr * {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}[self.schedule]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What happened: the loss of every step of this run (nats a token), its seconds, and the step it began at."""
+
+    losses: list[float]
+    seconds: float
+    first_step: int
+
+
+def make_optimizer(config: TrainConfig, parameters: list) -> torch.optim.Optimizer:
+    if config.optimizer == "adafactor":
+        # Adafactor's steps are relative to a parameter's size, but at least its second eps: 1 makes them absolute, since
+        # vectors that are stored as l − 1 start at size 0. (T-Few's code stores l, of size 1: the same steps.)
+        return torch.optim.Adafactor(parameters, lr=config.lr, weight_decay=config.weight_decay, eps=(None, 1.0))
+    return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+
+
+@contextlib.contextmanager
+def prepared(model: Model, adapters: list[Adapter], full: bool):
+    """Attaches what is not attached, freezes or frees the base, sets training mode; undoes all of it, come what may."""
+    before, training, mine = [p.requires_grad for p in model.parameters()], model.training, []
+    try:
+        for adapter in adapters:
+            if adapter.model is not model:
+                raise ValueError(f"the {type(adapter).__name__} was made for another model object: make or load it for this one")
+            if not adapter.attached:
+                mine.append(adapter.attach())
+        model.requires_grad_(full).train()
+        yield
+    finally:
+        for adapter in reversed(mine):
+            adapter.detach()
+        model.train(training)
+        for parameter, was in zip(model.parameters(), before):
+            parameter.requires_grad_(was)
+            if not was:
+                parameter.grad = None
+
+
+def train(model: Model, adapters: list[Adapter] = (), examples: list[Example] = (), config: TrainConfig = TrainConfig(),
+          tokenizer=None, out=None, resume: bool = False, progress: bool = True) -> Run:
+    """Minimises the mean −log p of the completions' tokens over the parameters of `adapters` (and the base if config.full).
+
+    Attaches what is not attached and detaches it again, also after an error or Ctrl-C. `tokenizer`: None takes the one that
+    `load` gave the model; examples that are `Encoded` already need none. `out`: a folder for log.jsonl and checkpoint.pt; resume=True goes on from the checkpoint there, to the same bits as an uninterrupted run on the same
+    machine, thread count and backend. Only what is trained has gradients; none flow below the lowest site in use.
+    Raises ValueError for bad examples, nothing to train, a checkpoint of another run, and FloatingPointError for a loss
+    that is not finite (the last checkpoint stays).
+    """
+    if not examples:
+        raise ValueError("there are no examples to train on")
+    adapters, tokenizer, device = list(adapters), tokenizer or model.tokenizer, model.embed.weight.device
+    rows = [e if isinstance(e, Encoded) else encode(tokenizer, e, model.config.context) for e in examples]
+    trained = [p for adapter in adapters for p in adapter.parameters()] + (list(model.parameters()) if config.full else [])
+    if not trained:
+        raise ValueError("there is nothing to train: give an adapter with parameters, or TrainConfig(full=True) for the base itself")
+
+    checkpoint = Checkpoint(out, model, adapters, config, rows) if out else None
+    with prepared(model, adapters, config.full):
+        optimizer = make_optimizer(config, trained)
+        first = checkpoint.restore(optimizer) if checkpoint and resume else 0
+        losses, started = [], time.perf_counter()
+        bar = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=not progress, leave=False, unit="step")
+        for step in bar:
+            rate = config.rate(step)
+            loss = one_step(model, adapters, rows, step, config, optimizer, trained, rate, device)
+            losses.append(loss)
+            bar.set_postfix(loss=f"{loss:.3f}")
+            if checkpoint:
+                checkpoint.log(step, loss, rate, time.perf_counter() - started)
+                if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+                    checkpoint.save(step + 1, optimizer)
+    return Run(losses, time.perf_counter() - started, first)
+
+
+def one_step(model, adapters, rows, step, config, optimizer, trained, rate, device) -> float:
+    """Forward and backward over the pieces of one batch, then one update. Returns the loss in nats a token."""
+    chosen = order(len(rows), config.seed, step * config.batch_size, config.batch_size)
+    numbers = torch.arange(step * config.batch_size, (step + 1) * config.batch_size, device=device)   # (B,) never repeat
+    piece, total = config.batch_size // config.accumulate, 0.0
+    count = sum(len(rows[i].ids) - rows[i].prompt_length for i in chosen)  # answer tokens in all pieces together
+    for first in range(0, config.batch_size, piece):
+        batch = collate([rows[i] for i in chosen[first : first + piece]]).to(device)
+        for adapter in adapters:
+            adapter.begin(step, numbers[first : first + piece])
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+            logits = model(batch.tokens, batch.mask, batch.prompt_lengths)                  # (B, T, V)
+        loss = cross_entropy(logits, batch.tokens, batch.answer, count)
+        loss.backward()
+        total += loss.item()
+    if not math.isfinite(total):
+        optimizer.zero_grad()
+        raise FloatingPointError(f"the loss became {total} at step {step}: lower the learning rate ({config.lr}), raise the warm-up, "
+                                 "or clip more; the last checkpoint is untouched")
+    if config.clip:
+        torch.nn.utils.clip_grad_norm_(trained, config.clip)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad()
+    return total
+
+
+class Checkpoint:
+    """All that a run is, in one file that is whole or not there."""
+
+    def __init__(self, out, model, adapters, config, rows):
+        self.out, self.model, self.adapters = Path(out), model, adapters
+        data = hashlib.sha256(json.dumps([(row.ids, row.prompt_length) for row in rows]).encode()).hexdigest()
+        kinds = [[type(adapter).__name__, adapter.options] for adapter in adapters]
+        self.run = json.loads(json.dumps({"config": asdict(config), "adapters": kinds, "data": data}))
+        self.path = self.out / "checkpoint.pt"
+
+    def modules(self) -> dict:
+        base = {"base": self.model} if self.run["config"]["full"] else {}
+        return {**base, **{f"adapter {i}": adapter for i, adapter in enumerate(self.adapters)}}
+
+    def log(self, step: int, loss: float, rate: float, seconds: float) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        with open(self.out / "log.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, "loss": loss, "lr": rate, "seconds": round(seconds, 3)}) + "\n")
+
+    def save(self, step: int, optimizer) -> None:
+        buffer = io.BytesIO()
+        torch.save({"run": self.run, "step": step, "modules": {name: m.state_dict() for name, m in self.modules().items()},
+                    "optimizer": optimizer.state_dict(), "generator": torch.get_rng_state()}, buffer)
+        files.write_bytes(self.path, buffer.getvalue())
+
+    def restore(self, optimizer) -> int:
+        """Puts everything back and returns the step to go on with; 0 where there is no checkpoint yet."""
+        if not self.path.exists():
+            return 0
+        try:
+            saved = torch.load(self.path, weights_only=True, map_location=self.model.embed.weight.device)
+        except Exception as error:
+            raise ValueError(f"{self.path} is damaged ({error}): delete it to start over") from error
+        for key, value in self.run.items():
+            if saved["run"][key] != value:
+                raise ValueError(f"{self.path} is of another run: its {key} differ. Use its settings and data, or another folder")
+        for name, module in self.modules().items():
+            module.load_state_dict(saved["modules"][name])
+        optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["generator"].cpu())
+        log = self.out / "log.jsonl"
+        if log.exists():                                                  # drop what was logged after the checkpoint
+            lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] < saved["step"]]
+            files.write_text(log, "".join(line + "\n" for line in lines))
+        return saved["step"]
