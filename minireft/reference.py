@@ -158,7 +158,8 @@ def noisy_embedding(ids: Tensor, weight: Tensor, alpha: float, seed: Tensor | in
         lengths = torch.where((index >= 0) & (index < lengths[:, None]), lengths[:, None], 0)
     eps = philox_noise(seed, rows, index, C, distribution)                                     # (B, T, C) float32
     # Each operation rounds to float32 by itself, in this order: every backend agrees to the bit (uniform).
-    scale = torch.full((), alpha, dtype=torch.float32, device=device) / (lengths.clamp(min=1) * C).float().sqrt()
+    root = (lengths.clamp(min=1) * C).float().double().sqrt().float()   # torch's float32 sqrt is not correctly rounded on CPU
+    scale = torch.full((), alpha, dtype=torch.float32, device=device) / root                   # (B, T)
     x = F.embedding(ids, weight).to(wide)                                                      # (B, T, C)
     noisy = x + scale[..., None] * eps
     return torch.where(lengths[..., None] > 0, noisy, x).to(weight.dtype)

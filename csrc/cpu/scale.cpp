@@ -1,0 +1,129 @@
+// l ⊙ x, l ⊙ gelu(x) and l ⊙ silu(x) ⊙ up on the CPU, forward and backward: (IA)³ and the activation before it.
+// One pass over memory; backward recomputes the activation. The sums for dl stay in cache, one row of them per piece of rows.
+// You should see at least twice the speed of the eager expression, which passes over memory once per operation.
+#include <algorithm>
+#include <vector>
+
+#include "activations.h"
+#include "parallel.h"
+
+namespace minireft::cpu {
+namespace {
+
+// l as numbers of the arithmetic's type, one row per bank and a last row of ones for rows without a task.
+template <class F>
+std::vector<F> vectors(const Scale& z, const void* l, int64_t C) {
+  std::vector<F> wide((z.K + 1) * C, F(1));
+  with_type(z.weight_dtype, [&](auto t) {
+    for (int64_t i = 0; i < z.K * C; ++i) wide[i] = F(widen(((const decltype(t)*)l)[i]));
+  });
+  return wide;
+}
+
+int64_t bank_of(const Scale& z, int64_t b) {
+  const int64_t k = z.tasks.data ? z.tasks.data[b * z.tasks.stride_b] : 0;
+  return k < 0 ? z.K : k;
+}
+
+template <class T>
+T* row(const Stream& s, int64_t b, int64_t t) { return (T*)s.data + b * s.batch_stride + t * s.token_stride; }
+
+template <class T, Activation A>
+void forward(const Scale& z, const ScaleForward& f) {
+  const std::vector<wide<T>> l = vectors<wide<T>>(z, f.l, f.C);
+  constexpr int64_t PIECE = 16;
+  const int64_t N = z.B * z.T;
+  parallel((N + PIECE - 1) / PIECE, [&](int64_t piece) {
+    for (int64_t n = piece * PIECE; n < std::min(N, (piece + 1) * PIECE); ++n) {
+      const int64_t b = n / z.T, t = n % z.T;
+      const T *x = row<T>(f.x, b, t), *up = A == Activation::swiglu ? row<T>(f.up, b, t) : nullptr;
+      T* out = row<T>(f.out, b, t);
+      const wide<T>* scale = &l[bank_of(z, b) * f.C];
+      over_row<T>(f.C, [&](int64_t c, auto load, auto store) __attribute__((always_inline)) {
+        vec<T> value, slope;
+        activate<A>(load(x + c), value, slope);
+        if constexpr (A == Activation::swiglu) value *= load(up + c);
+        store(out + c, value * load(scale + c));
+      });
+    }
+  });
+}
+
+template <class T, Activation A>
+void backward(const Scale& z, const ScaleBackward& f) {
+  using F = wide<T>;
+  const int64_t C = f.C, N = z.B * z.T;
+  const std::vector<F> l = vectors<F>(z, f.l, C);
+  // Pieces of rows that share a bank: each row of the batch with tasks, otherwise at most 16 of at least 64 rows.
+  const int64_t pieces = z.tasks.data ? z.B : std::clamp<int64_t>(N / 64, 1, 16);
+  std::vector<F> sums(pieces * C);
+  parallel(pieces, [&](int64_t piece) {
+    F* sum = &sums[piece * C];
+    for (int64_t n = N * piece / pieces; n < N * (piece + 1) / pieces; ++n) {
+      const int64_t b = n / z.T, t = n % z.T;
+      const T *g = row<T>(f.g, b, t), *x = row<T>(f.x, b, t), *up = A == Activation::swiglu ? row<T>(f.up, b, t) : nullptr;
+      T *dx = row<T>(f.dx, b, t), *dup = A == Activation::swiglu ? row<T>(f.dup, b, t) : nullptr;
+      const F* scale = &l[bank_of(z, b) * C];
+      over_row<T>(C, [&](int64_t c, auto load, auto store) __attribute__((always_inline)) {
+        vec<T> value, slope;
+        activate<A>(load(x + c), value, slope);
+        const vec<T> gradient = load(g + c), scaled = gradient * load(scale + c);
+        if constexpr (A == Activation::swiglu) {
+          const vec<T> u = load(up + c);
+          store(dx + c, scaled * u * slope);
+          store(dup + c, scaled * value);
+          value *= u;
+        } else {
+          store(dx + c, scaled * slope);
+        }
+        store(sum + c, load(sum + c) + gradient * value);
+      });
+    }
+  });
+  if (!f.dl) return;
+  std::vector<F> total(z.K * C);
+  for (int64_t piece = 0; piece < pieces; ++piece) {
+    const int64_t k = bank_of(z, piece);
+    for (int64_t c = 0; k < z.K && c < C; ++c) total[k * C + c] += sums[piece * C + c];
+  }
+  with_type(z.weight_dtype, [&](auto t) {
+    for (int64_t i = 0; i < z.K * C; ++i) {
+      if constexpr (std::is_same_v<decltype(t), double>) ((double*)f.dl)[i] = total[i];
+      else narrow(float(total[i]), ((decltype(t)*)f.dl)[i]);
+    }
+  });
+}
+
+template <class T, class Call>
+void with_activation(Activation a, const Call& call) {
+  switch (a) {
+    case Activation::none: return call(std::integral_constant<Activation, Activation::none>{});
+    case Activation::gelu: return call(std::integral_constant<Activation, Activation::gelu>{});
+    case Activation::gelu_tanh: return call(std::integral_constant<Activation, Activation::gelu_tanh>{});
+    case Activation::swiglu: return call(std::integral_constant<Activation, Activation::swiglu>{});
+  }
+}
+
+}  // namespace
+
+const char* scale(const Scale& z, const ScaleForward* f, int count, void*) {
+  with_type(z.dtype, [&](auto t) {
+    with_activation<decltype(t)>(z.activation, [&](auto a) {
+      for (int i = 0; i < count; ++i) forward<decltype(t), decltype(a)::value>(z, f[i]);
+    });
+  });
+  return nullptr;
+}
+
+const char* scale_backward(const Scale& z, const ScaleBackward* f, int count, void*) {
+  with_type(z.dtype, [&](auto t) {
+    with_activation<decltype(t)>(z.activation, [&](auto a) {
+      for (int i = 0; i < count; ++i) backward<decltype(t), decltype(a)::value>(z, f[i]);
+    });
+  });
+  return nullptr;
+}
+
+int64_t scale_workspace(const Scale&, int64_t) { return 0; }
+
+}  // namespace minireft::cpu

@@ -1,0 +1,141 @@
+// Vectors of floats for the CPU kernels, spelled with the compiler's vector types: what +, * and loads compile to is plain.
+// A kernel is written once for T in {float, bf16, f16, double}; load and store convert, arithmetic is float (or double).
+// Built with AVX-512 a vector holds 16 floats, otherwise 8.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "../launchers.h"
+
+namespace minireft::cpu {
+
+struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
+
+#ifdef __AVX512F__
+constexpr int VECTOR_BYTES = 64;
+#else
+constexpr int VECTOR_BYTES = 32;
+#endif
+
+template <class T> using wide = std::conditional_t<std::is_same_v<T, double>, double, float>;  // arithmetic happens in it
+template <class F> struct VectorOf { typedef F type __attribute__((vector_size(VECTOR_BYTES))); };
+template <class T> using vec = typename VectorOf<wide<T>>::type;
+template <class T> constexpr int lanes = VECTOR_BYTES / sizeof(wide<T>);
+
+using vecf = vec<float>;
+typedef uint32_t vecu __attribute__((vector_size(VECTOR_BYTES)));
+typedef int32_t veci __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint16_t half_bits __attribute__((vector_size(VECTOR_BYTES / 2)));
+
+template <class V> V read(const void* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
+template <class V> void write(void* p, V v) { std::memcpy(p, &v, sizeof v); }
+
+// ---- one number ------------------------------------------------------------------------------------------------------
+
+inline float widen(float x) { return x; }
+inline double widen(double x) { return x; }
+inline float widen(bf16 x) { const uint32_t bits = uint32_t(x.bits) << 16; return read<float>(&bits); }
+inline float widen(f16 x) { return float(read<_Float16>(&x)); }
+
+inline void narrow(float x, float& out) { out = x; }
+inline void narrow(double x, double& out) { out = x; }
+inline void narrow(float x, f16& out) { const _Float16 y = _Float16(x); std::memcpy(&out, &y, 2); }
+inline void narrow(float x, bf16& out) {  // to nearest, ties to even; NaN stays NaN
+  const uint32_t bits = read<uint32_t>(&x);
+  out.bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// ---- one vector ------------------------------------------------------------------------------------------------------
+
+inline vecf load(const float* p) { return read<vecf>(p); }
+inline vec<double> load(const double* p) { return read<vec<double>>(p); }
+inline vecf load(const bf16* p) { return (vecf)(__builtin_convertvector(read<half_bits>(p), vecu) << 16); }
+inline vecf load(const f16* p) {
+#if defined(__AVX512F__)
+  return (vecf)_mm512_cvtph_ps(read<__m256i>(p));
+#elif defined(__F16C__)
+  return (vecf)_mm256_cvtph_ps(read<__m128i>(p));
+#else
+  vecf v;
+  for (int i = 0; i < lanes<float>; ++i) v[i] = widen(p[i]);
+  return v;
+#endif
+}
+
+inline void store(float* p, vecf v) { write(p, v); }
+inline void store(double* p, vec<double> v) { write(p, v); }
+inline void store(bf16* p, vecf v) {
+  const vecu bits = (vecu)v, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  write(p, __builtin_convertvector((vecu)(v != v ? (vecu){} + 0x7fc0 : rounded), half_bits));
+}
+inline void store(f16* p, vecf v) {
+#if defined(__AVX512F__)
+  write(p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+  write(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  for (int i = 0; i < lanes<float>; ++i) narrow(v[i], p[i]);
+#endif
+}
+
+// The first n < lanes elements, for the end of a row: zeros beyond them, and nothing written there.
+template <class T> vec<T> load(const T* p, int64_t n) {
+  vec<T> v = {};
+  for (int64_t i = 0; i < n; ++i) v[i] = widen(p[i]);
+  return v;
+}
+template <class T> void store(T* p, vec<T> v, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) narrow(v[i], p[i]);
+}
+
+// body(c, load, store) for each vector of a row of C elements, the incomplete one at the end last.
+template <class T, class Body>
+inline __attribute__((always_inline)) void over_row(int64_t C, const Body& body) {
+  int64_t c = 0;
+  for (; c + lanes<T> <= C; c += lanes<T>)
+    body(c, [](auto* p) __attribute__((always_inline)) { return load(p); },
+         [](auto* p, auto v) __attribute__((always_inline)) { store(p, v); });
+  if (const int64_t n = C - c)
+    body(c, [n](auto* p) { return load(p, n); }, [n](auto* p, auto v) { store(p, v, n); });
+}
+
+inline double sum(vec<double> v) {
+  double s = 0;
+  for (int i = 0; i < lanes<double>; ++i) s += v[i];
+  return s;
+}
+inline float sum(vecf v) {
+  typedef float quarter __attribute__((vector_size(16)));
+  typedef float half __attribute__((vector_size(32)));
+#ifdef __AVX512F__
+  half low, high;
+  std::memcpy(&low, &v, 32), std::memcpy(&high, (const char*)&v + 32, 32);
+  const half h = low + high;
+#else
+  const half h = v;
+#endif
+  quarter a, b;
+  std::memcpy(&a, &h, 16), std::memcpy(&b, (const char*)&h + 16, 16);
+  const quarter q = a + b;
+  return (q[0] + q[2]) + (q[1] + q[3]);
+}
+
+// Calls body(T{}) for the C++ type of a dtype.
+template <class Body>
+void with_type(Dtype dtype, const Body& body) {
+  switch (dtype) {
+    case Dtype::f32: return body(float{});
+    case Dtype::f16: return body(f16{});
+    case Dtype::bf16: return body(bf16{});
+    case Dtype::f64: return body(double{});
+  }
+}
+
+}  // namespace minireft::cpu
