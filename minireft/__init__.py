@@ -1,7 +1,7 @@
 """minireft: LoReFT, (IA)³ and NEFTune from scratch, on a transformer of one file and kernels that are checked."""
 
 from . import ops, reference, tasks
-from .adapters import (IA3, ConsReFT, DiReFT, LobiReFT, LoRA, LoReFT, NEFTune, NoReFT, load_adapter)
+from .adapters import (IA3, ConsReFT, DiReFT, LobiReFT, LoRA, LoReFT, NEFTune, NoReFT, SteeringVector, load_adapter)
 from .checkpoint import load, save
 from .data import Example
 from .evaluation import evaluate
@@ -12,5 +12,5 @@ from .training import TrainConfig, train
 
 __version__ = "0.1.0"
 __all__ = ["Cache", "ConsReFT", "DiReFT", "Example", "IA3", "LoRA", "LoReFT", "LobiReFT", "Model", "ModelConfig", "NEFTune",
-           "NoReFT", "Tokenizer", "TrainConfig", "evaluate", "generate", "load", "load_adapter", "ops", "reference", "save",
+           "NoReFT", "SteeringVector", "Tokenizer", "TrainConfig", "evaluate", "generate", "load", "load_adapter", "ops", "reference", "save",
            "tasks", "train"]

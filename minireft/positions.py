@@ -15,22 +15,31 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Positions:
-    """The first `first` and the last `last` real tokens of a prompt; or all of them, the generated ones too if asked."""
+    """The first `first` and the last `last` real tokens of a prompt; or all, the generated ones too if asked; or a list."""
 
     first: int = 0
     last: int = 0
     all: bool = False
     generated: bool = False
+    listed: tuple[int, ...] = ()        # indices of real prompt tokens, negative ones from the end; beyond the prompt: no edit
 
     @classmethod
-    def parse(cls, text: str) -> Positions:
-        """'f7', 'l7', 'f7+l7', 'all' or 'all+generated'. ValueError for anything else."""
+    def parse(cls, text) -> Positions:
+        """'f7', 'l7', 'f7+l7', 'all', 'all+generated', or indices: [0, 3, -1] or '0,3,-1'. ValueError for anything else."""
+        if isinstance(text, Positions):
+            return text
+        if isinstance(text, (list, tuple)) or re.fullmatch(r"-?\d+(,-?\d+)*", str(text)):
+            listed = tuple(int(x) for x in (text.split(",") if isinstance(text, str) else text))
+            if len(set(listed)) < len(listed) or not listed:
+                raise ValueError(f"positions are {text!r}: expected at least one index, each once")
+            return cls(listed=listed)
         if text == "all" or text == "all+generated":
             return cls(all=True, generated=text != "all")
         match = re.fullmatch(r"(?:f(\d+))?(\+)?(?:l(\d+))?", text) if isinstance(text, str) else None
         first, plus, last = match.groups() if match else (None, None, None)
         if (first is None and last is None) or bool(plus) != (first is not None and last is not None):
-            raise ValueError(f"positions are {text!r}: expected 'fN', 'lN', 'fN+lM', 'all' or 'all+generated', e.g. 'f7+l7'")
+            raise ValueError(f"positions are {text!r}: expected 'fN', 'lN', 'fN+lM', 'all', 'all+generated' or "
+                             "indices, e.g. 'f7+l7' or '0,3,-1'")
         found = cls(first=int(first or 0), last=int(last or 0))
         if 0 in (first and int(first), last and int(last)):
             raise ValueError(f"positions are {text!r}: a count must be at least 1; leave the part out instead")
@@ -39,6 +48,8 @@ class Positions:
     def __str__(self) -> str:
         if self.all:
             return "all+generated" if self.generated else "all"
+        if self.listed:
+            return ",".join(map(str, self.listed))
         return "+".join(f"{letter}{n}" for letter, n in (("f", self.first), ("l", self.last)) if n)
 
     def indices(self, start: Tensor, lengths: Tensor, T: int) -> Tensor:
@@ -51,6 +62,11 @@ class Positions:
         if self.all:
             slot = torch.arange(T, device=n.device)                       # (T,)
             return torch.where(slot < n, start + slot, -1)                # (B, T)
+        if self.listed:
+            slot = torch.tensor(self.listed, device=n.device)             # (P,)
+            slot = torch.where(slot < 0, slot + n, slot)                  # (B, P) from the end: 0 ... n − 1 where it exists
+            once = (slot[:, :, None] == slot[:, None, :]).tril(-1).any(2)                  # 0 and −1 of a prompt of one token
+            return torch.where((slot >= 0) & (slot < n) & ~once, start + slot, -1)         # (B, P)
         first = (n - self.last).maximum(n // 2).clamp(max=self.first)     # (B, 1) p'
         last = (n - first).clamp(max=self.last)                           # (B, 1) s'
         slot = torch.arange(self.first, device=n.device)                  # (p,)
@@ -58,6 +74,14 @@ class Positions:
         slot = torch.arange(self.last, device=n.device)                   # (s,)
         suffix = torch.where(slot < last, start + n - last + slot, -1)    # (B, s)
         return torch.cat((prefix, suffix), dim=1)                         # (B, P)
+
+    def may_meet(self, other: Positions) -> bool:
+        """Whether some prompt exists in which both name one token."""
+        def ends(p):                                                      # what it names from the front, and from the back
+            return ({*range(p.first), *(i for i in p.listed if i >= 0)},
+                    {*range(-p.last, 0), *(i for i in p.listed if i < 0)})
+        (front, back), (front2, back2) = ends(self), ends(other)
+        return bool(self.all or other.all or front & front2 or back & back2 or front and back2 or back and front2)
 
     def groups(self, device=None) -> Tensor:
         """Which set of untied parameters each slot uses: 0 for the prefix, 1 for the suffix. (P,)"""

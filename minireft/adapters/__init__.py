@@ -1,4 +1,4 @@
-"""The methods, one file each: reft.py, ia3.py, neftune.py, lora.py; base.py holds what they share.
+"""The methods, one file each: reft.py (kin in variants.py), ia3.py, neftune.py, lora.py; base.py holds what they share.
 
 Use:  adapter = load_adapter(model, path)         # any of them, from the file that adapter.save(path) wrote
 See:  the loaded adapter gives the logits of the saved one, to the bit; it is not attached.
@@ -13,9 +13,10 @@ from .base import Adapter, fingerprint, same_base
 from .ia3 import IA3
 from .lora import LoRA
 from .neftune import NEFTune
-from .reft import ConsReFT, DiReFT, LobiReFT, LoReFT, NoReFT
+from .reft import DiReFT, LoReFT
+from .variants import ConsReFT, LobiReFT, NoReFT, SteeringVector
 
-KINDS = {kind.__name__: kind for kind in (LoReFT, DiReFT, NoReFT, ConsReFT, LobiReFT, IA3, LoRA, NEFTune)}
+KINDS = {kind.__name__: kind for kind in (LoReFT, DiReFT, NoReFT, ConsReFT, LobiReFT, SteeringVector, IA3, LoRA, NEFTune)}
 
 
 def load_adapter(model, path, force: bool = False) -> Adapter:

@@ -1,7 +1,7 @@
-"""ReFT: learned low-rank edits of the residual stream at chosen prompt positions and layers (Wu et al. 2024, section 3).
+"""ReFT: learned low-rank edits of hidden states at chosen prompt positions and layers (Wu et al. 2024, section 3).
 
 Use:  reft = LoReFT(model, rank=4, layers="all", positions="f7+l7"); reft.attach()
-See:  every variant is one line, the (down, up, bias) that it gives to   h ← h + upᵀ (down h + bias).
+See:  LoReFT and DiReFT are one line each, the parts W, V, U, b of   h ← h + Uᵀ (W h + b − V h); their kin in variants.py.
 """
 
 from __future__ import annotations
@@ -9,120 +9,113 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..positions import Positions, prompt_span
-from .base import Adapter, pick_layers
+from .base import LINEARS, Adapter, pick_layers
+from .edits import ACTIVATIONS, Edit, PlainEdit, Prepared
+from .orthonormal import orthonormalise
 
-
-def orthonormalise(m: Tensor) -> Tensor:
-    """Rows of m (..., r, C) → orthonormal rows that span the same space: R = L⁻¹ M where M Mᵀ = L Lᵀ. O(C r²).
-
-    A Cholesky factor of r × r numbers replaces the usual Householder map of C × C. Scaling M leaves R as it is, so weight
-    decay cannot destroy it. The Gram matrix squares M's condition number, hence float64 inside.
-    """
-    wide = m.double()
-    L, _ = torch.linalg.cholesky_ex(wide @ wide.mT)                       # (..., r, r); no host sync on a GPU
-    return torch.linalg.solve_triangular(L, wide, upper=False).to(m.dtype)
-
-
-class Edit:
-    """One layer's share of a ReFT: picks its weights out of what was prepared for all layers."""
-
-    def __init__(self, adapter: ReFT, slot: int):
-        self.adapter, self.slot = adapter, slot
-
-    def __call__(self, operation, context):
-        if context[self.adapter] is None:                                 # a decoding step: the prompt was edited in the prefill
-            return operation
-        positions, groups, *weights = context[self.adapter]
-        down, up, bias = (w[self.slot] if groups is not None else w[self.slot, 0] for w in weights)     # (K, r, C) or (r, C)
-        # In place: the block's output is a fresh sum that nothing else needs.
-        return lambda h: ops.low_rank_edit_at_(operation(h), positions, down, up, bias, groups)         # (B, T, C)
+SITES = ("output", "attention_output", "ffn_output", "query", "key", "value", "embed")
 
 
 class ReFT(Adapter):
-    """Φ(h) = h + upᵀ (down h + bias) at `positions` of the prompt, after each of `layers`; elsewhere h is untouched.
+    """The family. Edits `site` (a block's output) of `layers` at `positions` of the prompt; elsewhere h is untouched.
 
-    rank r, 1 to C; layers "all" or numbers from 0; positions 'fN', 'lN', 'fN+lM', 'all' or 'all+generated' (see
+    rank r, 1 to C; layers "all" or numbers from 0; positions 'fN', 'lN', 'fN+lM', 'all', 'all+generated' or indices (see
     positions.py); tied: one Φ for prefix and suffix, or one each; init "identity" (the model is unchanged at the start
-    where the variant allows it) or "paper" (as the authors' code draws it). Parameters are fp32 and stacked: (L, K, r, C)
-    with K = 1 tied, 2 untied. `strength` scales the edit at inference. Raises ValueError for values out of range.
+    where the variant allows it) or "paper" (as the authors' code draws it); dropout on the edit while training;
+    activation on W h + b, a name in edits.py. Parameters are fp32 and stacked: (S, K, r, C) for S sites, K = 1 tied, 2
+    untied. `strength` scales the edit at inference. Raises ValueError for values out of range.
     """
 
-    def __init__(self, model, rank: int = 4, layers="all", positions: str = "f7+l7", tied: bool = True, init: str = "identity"):
-        layers, where = pick_layers(model, layers), Positions.parse(positions)
-        C = model.config.width
+    def __init__(self, model, rank: int = 4, layers="all", positions="f7+l7", tied: bool = True, init: str = "identity",
+                 site: str = "output", dropout: float = 0.0, activation: str | None = None):
+        if site not in SITES:
+            raise ValueError(f"site is {site!r}: expected one of {', '.join(SITES)}")
+        if site == "embed" and layers != "all" and layers != [0]:
+            raise ValueError(f"layers are {layers!r}: the embedding has none; leave them at 'all'")
+        layers, where = [0] if site == "embed" else pick_layers(model, layers), Positions.parse(positions)
+        attention = model.blocks[0].attention
+        C = getattr(attention, site).weight.shape[0] if site in ("query", "key", "value") else model.config.width
         if not isinstance(rank, int) or not 1 <= rank <= C:
-            raise ValueError(f"rank is {rank!r}: expected a whole number from 1 to the model's width, {C}")
+            raise ValueError(f"rank is {rank!r}: expected a whole number from 1 to the width, {C}")
         if init not in ("identity", "paper"):
             raise ValueError(f"init is {init!r}: expected 'identity' or 'paper'")
         if not tied and not (where.first and where.last):
             raise ValueError(f"positions {positions!r} have no prefix and suffix to untie: use 'fN+lM', or tied=True")
-        super().__init__(model, rank=rank, layers=layers, positions=str(where), tied=tied, init=init)
-        self.layers, self.where, self.strength = layers, where, 1.0
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout!r}: expected a share from 0 to below 1")
+        if activation is not None and activation not in ACTIVATIONS:
+            raise ValueError(f"activation is {activation!r}: expected None or one of {', '.join(ACTIVATIONS)}")
+        super().__init__(model, rank=rank, layers=layers, positions=str(where), tied=tied, init=init, site=site,
+                         dropout=dropout, activation=activation)
+        self.layers, self.where, self.tied, self.site, self.strength = layers, where, tied, site, 1.0
+        self.edit = PlainEdit if dropout or activation else Edit
         self._ready = (None, None)                                        # (what it was computed from, the weights)
         self.start(len(layers), 1 if tied else 2, rank, C, paper=init == "paper")
 
-    def start(self, L: int, K: int, r: int, C: int, paper: bool) -> None:
+    # -- what a variant defines
+
+    def start(self, S: int, K: int, r: int, C: int, paper: bool) -> None:
         """Creates and draws the parameters."""
         raise TypeError("ReFT is the family: take LoReFT, DiReFT, NoReFT, ConsReFT or LobiReFT")
 
-    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        """down, up (L, K, r, C) and bias (L, K, r)."""
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """W, V, U (S, K, r, C) and b (S, K, r) of Φ(h) = h + Uᵀ (W h + b − V h)."""
         raise TypeError("ReFT is the family: take LoReFT, DiReFT, NoReFT, ConsReFT or LobiReFT")
 
+    # -- what they share
+
     def edits(self):
-        return [(self.model.blocks[layer].output, Edit(self, slot)) for slot, layer in enumerate(self.layers)]
+        places = [self.model.embed] if self.site == "embed" else \
+            [self.model.blocks[layer].get_submodule(LINEARS.get(self.site, self.site)) for layer in self.layers]
+        return [(place, self.edit(self, slot)) for slot, place in enumerate(places)]
 
     def refuse(self, other):
-        shared = sorted(set(self.layers) & set(other.layers)) if isinstance(other, ReFT) else []
-        if shared:
-            raise ValueError(f"another ReFT edits layer {shared[0]} already, and positions of one layer must not overlap: choose "
-                             "other layers, detach it, or make one adapter with positions 'fN+lM' and tied=False")
+        if isinstance(other, ReFT) and other.site == self.site and self.where.may_meet(other.where):
+            for layer in sorted(set(self.layers) & set(other.layers)):
+                raise ValueError(f"another ReFT edits {self.site} of layer {layer} at {other.where}, which can meet {self.where}: choose "
+                                 "other layers or positions, detach it, or make one adapter with positions 'fN+lM' and tied=False")
 
     def prepare(self, tokens, mask, prompt_lengths, tasks, past):
         if past and not self.where.generated:
             return None
-        start, lengths = prompt_span(tokens, mask, None if past or self.where.generated else prompt_lengths)   # two of (B,)
+        start, lengths = prompt_span(tokens, mask, None if self.where.generated else prompt_lengths)    # two of (B,)
         positions = self.where.indices(start, lengths, tokens.shape[1])   # (B, P)
-        groups = None if self.options["tied"] else self.where.groups(tokens.device).expand_as(positions)       # (B, P)
-        return positions, groups, *self.ready()
+        sets = None if self.tied else self.where.groups(tokens.device).expand_as(positions)  # (B, P)
+        return Prepared(positions, sets, self.ready())
 
-    def ready(self) -> tuple[Tensor, Tensor, Tensor]:
+    def ready(self) -> tuple[Tensor, ...]:
         """The weights in use: computed once a pass while gradients are wanted, otherwise once until a parameter changes."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self.scaled()
+            return self.weights()
         source = (self.strength, *((p.data_ptr(), p._version) for p in self.parameters()))
         if self._ready[0] != source:
-            self._ready = (source, self.scaled())
+            self._ready = (source, self.weights())
         return self._ready[1]
 
-    def scaled(self) -> tuple[Tensor, Tensor, Tensor]:
-        down, up, bias = self.weights()
-        return (down, up, bias) if self.strength == 1.0 else (down * self.strength, up, bias * self.strength)
+    def weights(self) -> tuple[Tensor, ...]:
+        W, V, U, b = self.parts()
+        U = U if self.strength == 1.0 else U * self.strength
+        return (W, V, U, b) if self.edit is PlainEdit else (W - V, U, b)
 
     def rotations(self) -> dict:
-        """{layer: R (r, C)}, the up-projection in use: orthonormal rows in LoReFT. Untied: {"3 prefix": R, "3 suffix": R}."""
+        """{layer: U (r, C)}, orthonormal R in LoReFT. Untied: {"3 prefix": R, "3 suffix": R}."""
         with torch.no_grad():
-            _, up, _ = self.weights()
-        if self.options["tied"]:
-            return {layer: up[slot, 0] for slot, layer in enumerate(self.layers)}
-        return {f"{layer} {part}": up[slot, k] for slot, layer in enumerate(self.layers) for k, part in enumerate(("prefix", "suffix"))}
-
-    # -- what the variants draw their parameters from
+            U = self.parts()[2]                                           # (S, K, r, C)
+        if self.tied:
+            return {layer: U[slot, 0] for slot, layer in enumerate(self.layers)}
+        return {f"{layer} {part}": U[slot, k] for slot, layer in enumerate(self.layers) for k, part in enumerate(("prefix", "suffix"))}
 
     def directions(self, *shape: int):
-        """Random orthonormal rows, (L, K, r, C)."""
+        """A parameter of random orthonormal rows, (S, K, r, C)."""
         m = self.parameter(*shape)
         with torch.no_grad():
-            if not m.is_meta:
-                m.copy_(orthonormalise(torch.randn_like(m)))
-        return m
+            return m if m.is_meta else m.copy_(orthonormalise(torch.randn_like(m)))
 
-    def uniform(self, *shape: int, bound: float):
-        m = self.parameter(*shape)
-        torch.nn.init.uniform_(m, -bound, bound)
-        return m
+    def drawn(self, *shape: int, width: int, paper: bool):
+        """A parameter of zeros, or as torch draws a Linear of `width` inputs."""
+        p = self.parameter(*shape)
+        return torch.nn.init.uniform_(p, -(width**-0.5), width**-0.5) if paper else p
 
 
 class LoReFT(ReFT):
@@ -132,60 +125,26 @@ class LoReFT(ReFT):
     which R is made, is what is trained and saved, so R is orthonormal after any optimiser and any load.
     """
 
-    def start(self, L, K, r, C, paper):
-        self.m = self.directions(L, K, r, C)
-        self.w = self.uniform(L, K, r, C, bound=C**-0.5) if paper else self.parameter(L, K, r, C)
-        self.b = self.uniform(L, K, r, bound=C**-0.5) if paper else self.parameter(L, K, r)
+    def start(self, S, K, r, C, paper):
+        self.m = self.directions(S, K, r, C)
+        self.w = self.drawn(S, K, r, C, width=C, paper=paper)
+        self.b = self.drawn(S, K, r, width=C, paper=paper)
         if not paper and not self.m.is_meta:
             with torch.no_grad():
                 self.w.copy_(orthonormalise(self.m))
 
-    def weights(self):
-        R = orthonormalise(self.m)                                        # (L, K, r, C), all layers in one call
-        return self.w - R, R, self.b
+    def parts(self):
+        R = orthonormalise(self.m)                                        # (S, K, r, C), all layers in one call
+        return self.w, R, R, self.b
 
 
 class DiReFT(ReFT):
     """h + W₂ᵀ(W₁ h + b): no orthogonality, no subtraction (the paper's equation 3; pyreft's `NodireftIntervention`)."""
 
-    def start(self, L, K, r, C, paper):
-        bound = C**-0.5
-        self.w1 = self.uniform(L, K, r, C, bound=bound) if paper else self.parameter(L, K, r, C)
-        self.w2 = self.uniform(L, K, r, C, bound=bound) if paper else self.directions(L, K, r, C)
-        self.b = self.uniform(L, K, r, bound=bound) if paper else self.parameter(L, K, r)
+    def start(self, S, K, r, C, paper):
+        self.w1 = self.drawn(S, K, r, C, width=C, paper=paper)
+        self.w2 = self.drawn(S, K, r, C, width=C, paper=True) if paper else self.directions(S, K, r, C)
+        self.b = self.drawn(S, K, r, width=C, paper=paper)
 
-    def weights(self):
-        return self.w1, self.w2, self.b
-
-
-class NoReFT(DiReFT):
-    """h + W₂ᵀ(W₁ h + b − W₂ h): LoReFT without the orthogonality. Starts as the identity with W₁ = W₂."""
-
-    def start(self, L, K, r, C, paper):
-        super().start(L, K, r, C, paper)
-        if not paper:
-            with torch.no_grad():
-                self.w1.copy_(self.w2)
-
-    def weights(self):
-        return self.w1 - self.w2, self.w2, self.b
-
-
-class ConsReFT(ReFT):
-    """h + Rᵀ(b − R h): writes a constant into the subspace. No identity start exists; b = 0 begins by erasing it."""
-
-    def start(self, L, K, r, C, paper):
-        self.m = self.directions(L, K, r, C)
-        self.b = self.uniform(L, K, r, bound=C**-0.5) if paper else self.parameter(L, K, r)
-
-    def weights(self):
-        R = orthonormalise(self.m)
-        return -R, R, self.b
-
-
-class LobiReFT(ConsReFT):
-    """h + Rᵀ b: adds a constant, whatever h is. Starts as the identity."""
-
-    def weights(self):
-        R = orthonormalise(self.m)
-        return torch.zeros_like(R), R, self.b
+    def parts(self):
+        return self.w1, torch.zeros_like(self.w1), self.w2, self.b
