@@ -2,6 +2,7 @@
 `python setup.py build_ext --inplace` builds in place for this machine; `pip install .` and wheels are for any x86-64-v3.
 You should see the compilers' commands go by for half a minute; with no C++ compiler, one line, and plain PyTorch instead.
 
+  MINIREFT_KERNELS=0    build no kernels at all: plain PyTorch
   MINIREFT_CUDA=0|1     without or surely with the CUDA kernels   (default: with them where nvcc is found)
   MINIREFT_ARCHS=80;90  compute capabilities                      (default: this machine's GPU, else 80; PTX of the last)
   MINIREFT_MARCH=native the -march of the CPU kernels             (default: native in place, else x86-64-v3)
@@ -28,6 +29,9 @@ class Kernels(build_ext):
         return os.path.join(*fullname.split(".")) + ".so"       # loaded by torch, not imported: no Python tag in its name
 
     def run(self):
+        if os.environ.get("MINIREFT_KERNELS") == "0":
+            self.extensions = []
+            return
         compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
         if not compiler or not shutil.which("ninja") and not importlib.util.find_spec("ninja"):
             print("minireft: no C++ compiler or no ninja found; building without kernels, plain PyTorch will be used")
