@@ -1,7 +1,7 @@
 """minireft: LoReFT, (IA)³ and NEFTune from scratch, on a transformer of one file and kernels that are checked."""
 
 from . import ops, reference, tasks
-from .adapters import (IA3, ConsReFT, DiReFT, LobiReFT, LoRA, LoReFT, NEFTune, NoReFT, SteeringVector, load_adapter)
+from .adapters import (IA3, Bank, ConsReFT, DiReFT, LobiReFT, LoRA, LoReFT, NEFTune, NoReFT, SteeringVector, load_adapter)
 from .checkpoint import load, save
 from .data import Example
 from .evaluation import evaluate
@@ -11,6 +11,6 @@ from .tokenizer import Tokenizer
 from .training import TrainConfig, train
 
 __version__ = "0.1.0"
-__all__ = ["Cache", "ConsReFT", "DiReFT", "Example", "IA3", "LoRA", "LoReFT", "LobiReFT", "Model", "ModelConfig", "NEFTune",
+__all__ = ["Bank", "Cache", "ConsReFT", "DiReFT", "Example", "IA3", "LoRA", "LoReFT", "LobiReFT", "Model", "ModelConfig", "NEFTune",
            "NoReFT", "SteeringVector", "Tokenizer", "TrainConfig", "evaluate", "generate", "load", "load_adapter", "ops", "reference", "save",
            "tasks", "train"]

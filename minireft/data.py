@@ -14,18 +14,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and its completion; `choices` (the completion among them) make it a multiple choice. id: its number."""
+    """A prompt and its completion; `choices` (the completion among them) make it a multiple choice. id: its number;
+    task: which adapter of a bank it is for."""
 
     prompt: str
     completion: str = ""
     choices: tuple[str, ...] = ()
     id: int | None = None
+    task: str | None = None
 
 
 @dataclass(frozen=True)
 class Encoded:
     ids: list[int]                      # prompt, completion, end of text
     prompt_length: int                  # how many of them are the prompt's
+    task: str | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def encode(tokenizer, example: Example, context: int) -> Encoded:
     ids = prompt + completion + ([] if tokenizer.eos_id is None else [tokenizer.eos_id])
     if len(ids) > context:
         raise ValueError(f"an example of {len(ids)} tokens does not fit the context of {context}: shorten it: {example.prompt[:60]!r}...")
-    return Encoded(ids, len(prompt))
+    return Encoded(ids, len(prompt), example.task)
 
 
 def collate(rows: list[Encoded], pad: int = 0) -> Batch:

@@ -6,10 +6,11 @@ See:  shares of right answers with their standard errors.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from .adapters import task_ids
 from .data import Encoded, Example, collate, encode, encode_prompt
 from .generation import generate_ids
 from .losses import token_losses
@@ -43,8 +44,8 @@ def mean_log_likelihoods(model: Model, rows: list[Encoded], batch_size: int = 64
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))  # rows of like length pad little
     for first in range(0, len(rows), batch_size):
         chosen = by_length[first : first + batch_size]
-        batch = collate([rows[i] for i in chosen]).to(device)
-        losses = token_losses(model(batch.tokens, batch.mask, batch.prompt_lengths), batch.tokens)       # (B, T − 1)
+        batch, tasks = collate([rows[i] for i in chosen]).to(device), task_ids(model, [rows[i].task for i in chosen])
+        losses = token_losses(model(batch.tokens, batch.mask, batch.prompt_lengths, tasks), batch.tokens)  # (B, T − 1)
         answer = batch.answer[:, 1:]                                      # (B, T − 1)
         for i, score in zip(chosen, (-(losses * answer).sum(1) / answer.sum(1)).tolist()):
             scores[i] = score
@@ -65,7 +66,7 @@ def evaluate(model: Model, tokenizer, examples: list[Example], metrics=("rank", 
     try:
         rank, exact, answers = None, None, []
         if "rank" in metrics and all(example.choices for example in examples):
-            rows = [encode(tokenizer, Example(e.prompt, choice), context) for e in examples for choice in e.choices]
+            rows = [encode(tokenizer, replace(e, completion=choice), context) for e in examples for choice in e.choices]
             scores, right = iter(mean_log_likelihoods(model, rows, batch_size)), 0
             for e in examples:
                 if e.completion not in e.choices:
@@ -78,7 +79,8 @@ def evaluate(model: Model, tokenizer, examples: list[Example], metrics=("rank", 
             prompts = [encode_prompt(tokenizer, e.prompt, context - 1) for e in examples]
             for first in range(0, len(examples), batch_size):
                 most = max(map(len, wanted[first : first + batch_size])) + 1            # one more: the end must come in time
-                answers += generate_ids(model, prompts[first : first + batch_size], most, tokenizer.eos_id)
+                tasks = task_ids(model, [e.task for e in examples[first : first + batch_size]])
+                answers += generate_ids(model, prompts[first : first + batch_size], most, tokenizer.eos_id, tasks=tasks)
             exact = sum(a == w for a, w in zip(answers, wanted)) / len(examples)
     finally:
         model.train(training)

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from . import files
-from .adapters.base import Adapter
+from .adapters import Adapter, task_ids
 from .data import Encoded, Example, collate, encode, order
 from .losses import cross_entropy
 from .model import Model
@@ -126,6 +126,7 @@ def train(model: Model, adapters: list[Adapter] = (), examples: list[Example] = 
 
     checkpoint = Checkpoint(out, model, adapters, config, rows) if out else None
     with prepared(model, adapters, config.full):
+        task_ids(model, [row.task for row in rows])                       # an unknown task is an error before the first step
         optimizer = make_optimizer(config, trained)
         first = checkpoint.restore(optimizer) if checkpoint and resume else 0
         losses, started = [], time.perf_counter()
@@ -149,11 +150,12 @@ def one_step(model, adapters, rows, step, config, optimizer, trained, rate, devi
     piece, total = config.batch_size // config.accumulate, 0.0
     count = sum(len(rows[i].ids) - rows[i].prompt_length for i in chosen)  # answer tokens in all pieces together
     for first in range(0, config.batch_size, piece):
-        batch = collate([rows[i] for i in chosen[first : first + piece]]).to(device)
+        mine = [rows[i] for i in chosen[first : first + piece]]
+        batch, tasks = collate(mine).to(device), task_ids(model, [row.task for row in mine])
         for adapter in adapters:
             adapter.begin(step, numbers[first : first + piece])
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-            logits = model(batch.tokens, batch.mask, batch.prompt_lengths)                  # (B, T, V)
+            logits = model(batch.tokens, batch.mask, batch.prompt_lengths, tasks)           # (B, T, V)
         loss = cross_entropy(logits, batch.tokens, batch.answer, count)
         loss.backward()
         total += loss.item()
@@ -175,7 +177,7 @@ class Checkpoint:
 
     def __init__(self, out, model, adapters, config, rows):
         self.out, self.model, self.adapters = Path(out), model, adapters
-        data = hashlib.sha256(json.dumps([(row.ids, row.prompt_length) for row in rows]).encode()).hexdigest()
+        data = hashlib.sha256(json.dumps([(row.ids, row.prompt_length, row.task) for row in rows]).encode()).hexdigest()
         kinds = [[type(adapter).__name__, adapter.options] for adapter in adapters]
         self.run = json.loads(json.dumps({"config": asdict(config), "adapters": kinds, "data": data}))
         self.path = self.out / "checkpoint.pt"

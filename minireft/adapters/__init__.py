@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 
 from .. import files
+from .bank import Bank
 from .base import Adapter, fingerprint, same_base
 from .ia3 import IA3
 from .lora import LoRA
@@ -16,7 +17,7 @@ from .neftune import NEFTune
 from .reft import DiReFT, LoReFT
 from .variants import ConsReFT, LobiReFT, NoReFT, SteeringVector
 
-KINDS = {kind.__name__: kind for kind in (LoReFT, DiReFT, NoReFT, ConsReFT, LobiReFT, SteeringVector, IA3, LoRA, NEFTune)}
+KINDS = {kind.__name__: kind for kind in (LoReFT, DiReFT, NoReFT, ConsReFT, LobiReFT, SteeringVector, IA3, LoRA, NEFTune, Bank)}
 
 
 def load_adapter(model, path, force: bool = False) -> Adapter:
@@ -32,7 +33,7 @@ def load_adapter(model, path, force: bool = False) -> Adapter:
     difference = same_base(base, fingerprint(model))
     if difference and not force:
         raise ValueError(f"{path} was made for another base: {difference}. Load that base, or pass force=True to try it here")
-    adapter = KINDS[metadata["kind"]](model, **json.loads(metadata["options"]))
+    adapter = KINDS[metadata["kind"]].rebuild(model, json.loads(metadata["options"]))
     adapter.base = base
     expected = {name: tuple(p.shape) for name, p in adapter.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in tensors.items()}
@@ -40,3 +41,9 @@ def load_adapter(model, path, force: bool = False) -> Adapter:
         raise ValueError(f"{path} does not fit this model: expected tensors {expected}, found {found}")
     adapter.load_state_dict(tensors)
     return adapter
+
+
+def task_ids(model, names: list[str | None]):
+    """The ids (B,) of the tasks named, in the bank that stands on the model; None where none stands."""
+    bank = next((adapter for adapter in model.adapters if isinstance(adapter, Bank)), None)
+    return bank and bank.ids(names)

@@ -6,6 +6,7 @@ See:  after detach the model's outputs are bit for bit what they were.
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import asdict
 
@@ -32,6 +33,8 @@ class Adapter(nn.Module):
         self.options = options
         self.base = fingerprint(model)
         self.attached = False
+        self.strength = 1.0                           # scales an edit at inference, where the method has one
+        self._ready = (None, None)                    # (what it was computed from, what was computed)
 
     # -- what a subclass defines
 
@@ -48,14 +51,24 @@ class Adapter(nn.Module):
     def refuse(self, other: Adapter) -> None:
         """Raises ValueError when this adapter must not stand beside `other`, which is attached already."""
 
+    def standing(self) -> list[Adapter]:
+        """The adapters that stand on the model when this one does: itself, or a bank's members."""
+        return [self]
+
+    @classmethod
+    def rebuild(cls, model: nn.Module, options: dict) -> Adapter:
+        """A new one with the options that a file holds."""
+        return cls(model, **options)
+
     # -- what every adapter does
 
     def attach(self) -> Adapter:
         """Puts the adapter on its model, after those already there. Attaching twice is an error."""
         if self.attached:
             raise ValueError(f"this {type(self).__name__} is attached already: detach it first")
-        for other in self.model.adapters:
-            self.refuse(other)
+        for mine, other in itertools.product(self.standing(), self.model.adapters):
+            for theirs in other.standing():
+                mine.refuse(theirs)
         for site, edit in self.edits():
             site.edits.append(edit)
         self.model.adapters.append(self)
@@ -90,6 +103,16 @@ class Adapter(nn.Module):
         """Writes one safetensors file: the parameters, and in its metadata the options and the base's fingerprint."""
         files.write_tensors(path, self.state_dict(), {"format": "minireft adapter", "version": "1", "kind": type(self).__name__,
                                                       "options": json.dumps(self.options), "base": json.dumps(self.base)})
+
+    def ready(self, compute):
+        """compute(), once a pass while gradients are wanted, otherwise once until a parameter or a strength changes."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return compute()
+        source = [adapter.strength for adapter in self.standing()]
+        source += [(tensor.data_ptr(), tensor._version) for tensor in itertools.chain(self.parameters(), self.buffers())]
+        if self._ready[0] != source:
+            self._ready = (source, compute())
+        return self._ready[1]
 
     def parameter(self, *shape: int) -> nn.Parameter:
         """A new fp32 parameter of zeros on the base's device: half precision would lose the small edits."""

@@ -23,21 +23,43 @@ class Scale:
         self.adapter, self.site, self.layer, self.names = adapter, site, layer, names
 
     def __call__(self, operation, context):
-        ls = {name: context[self.adapter][name][self.layer] for name in self.names}         # each (channels,)
+        vectors, tasks = context[self.adapter]
+        ls = {name: vectors[name][self.layer] for name in self.names}     # each (channels,), or (K, channels) with tasks
         if "key" in ls or "value" in ls:
-            return lambda k, v: self.keys_values(*operation(k, v), ls.get("key"), ls.get("value"))
+            return lambda k, v: keys_values(*operation(k, v), ls.get("key"), ls.get("value"), tasks)
         (l,) = ls.values()
         if "ffn" in ls and self.site.edits[0] is self:
             if self.site.kind == "swiglu":
-                return lambda gate, up: ops.swiglu_scale(gate, up, l)
-            return lambda u: ops.gelu_scale(u, l, approximate="tanh" if self.site.kind == "gelu_tanh" else "none")
-        return lambda *x: ops.scale(operation(*x), l)
+                return lambda gate, up: ops.swiglu_scale(gate, up, l, tasks)
+            approximate = "tanh" if self.site.kind == "gelu_tanh" else "none"
+            return lambda u: ops.gelu_scale(u, l, tasks, approximate=approximate)
+        return lambda *x: ops.scale(operation(*x), l, tasks)
 
-    @staticmethod
-    def keys_values(k, v, l_k, l_v):
-        if l_k is not None and l_v is not None:
-            return ops.scale_pair(k, v, l_k, l_v)                         # one launch
-        return (k, ops.scale(v, l_v)) if l_k is None else (ops.scale(k, l_k), v)
+
+def keys_values(k, v, l_k, l_v, tasks):
+    if l_k is not None and l_v is not None:
+        return ops.scale_pair(k, v, l_k, l_v, tasks)                      # one launch
+    return (k, ops.scale(v, l_v, tasks)) if l_k is None else (ops.scale(k, l_k, tasks), v)
+
+
+def place(model, name: str, layer: int):
+    """The site where the vector `name` stands, and the base's tensor whose first dimension it scales."""
+    block = model.blocks[layer]
+    if name in ("key", "value"):
+        return block.attention.kv, block.get_submodule(LINEARS[name]).weight
+    if name == "ffn":
+        return block.ffn.act, block.ffn.down.weight.T
+    site = block.get_submodule(LINEARS.get(name, name))                   # a Linear, or a norm by its own name
+    return site, site.weight
+
+
+def scales(adapter, names) -> list[tuple]:
+    """The edits of the vectors `names` on every layer; keys and values share one."""
+    together = tuple(name for name in names if name in ("key", "value"))
+    groups = [(name,) for name in names if name not in together] + ([together] if together else [])
+    sites = [(place(adapter.model, group[0], layer)[0], layer, group)
+             for layer in range(adapter.model.config.layers) for group in groups]
+    return [(site, Scale(adapter, site, layer, group)) for site, layer, group in sites]
 
 
 class IA3(Adapter):
@@ -54,31 +76,17 @@ class IA3(Adapter):
         super().__init__(model, sites=list(sites), init_scale=init_scale, layer_norm=layer_norm)
         self._kept: dict | None = None                                    # the base's own tensors while merged
         for name in (*sites, *(("attention_norm", "ffn_norm") if layer_norm else ())):
-            width = self.place(name, 0)[1].shape[0]
+            width = place(model, name, 0)[1].shape[0]
             self.register_parameter(name, self.parameter(model.config.layers, width))      # (L, width)
             torch.nn.init.constant_(self.get_parameter(name), init_scale)
 
-    def place(self, name: str, layer: int):
-        """The site of one vector, and the channels that it scales, by a weight (channels, ...) of that width."""
-        block = self.model.blocks[layer]
-        if name in ("key", "value"):
-            return block.attention.kv, block.get_submodule(LINEARS[name]).weight
-        if name == "ffn":
-            return block.ffn.act, block.ffn.down.weight.T
-        site = block.get_submodule(LINEARS.get(name, name))
-        return site, site.weight
-
     def edits(self):
-        pairs, names = [], [name for name, _ in self.named_parameters()]
-        together = tuple(name for name in names if name in ("key", "value"))
-        groups = [(name,) for name in names if name not in together] + ([together] if together else [])
-        for layer in range(self.model.config.layers):
-            for group in groups:
-                site, _ = self.place(group[0], layer)
-                pairs.append((site, Scale(self, site, layer, group)))
-        return pairs
+        return scales(self, [name for name, _ in self.named_parameters()])
 
     def prepare(self, tokens, mask, prompt_lengths, tasks, past):
+        return self.ready(self.vectors), None
+
+    def vectors(self) -> dict:
         return {name: 1 + l for name, l in self.named_parameters()}       # each (L, width)
 
     def merge(self) -> None:
@@ -100,11 +108,10 @@ class IA3(Adapter):
                 if name == "ffn":                                         # scales what W₂ reads: its columns
                     self._multiply(block.ffn.down.weight, factor)
                     continue
-                site = block.get_submodule(LINEARS.get(name, name))
-                norm = site.weight.dim() == 1
-                self._multiply(site.weight, factor if norm else factor[:, None])
-                if site.bias is not None:
-                    self._multiply(site.bias, factor)
+                source = block.get_submodule(LINEARS.get(name, name))
+                self._multiply(source.weight, factor if source.weight.dim() == 1 else factor[:, None])
+                if source.bias is not None:
+                    self._multiply(source.bias, factor)
 
     def _multiply(self, weight, factor) -> None:
         if weight not in self._kept:

@@ -49,5 +49,9 @@ class LoRA(Adapter):
                 for layer, block in enumerate(self.model.blocks) for name in self.sites]
 
     def prepare(self, tokens, mask, prompt_lengths, tasks, past):
+        return self.ready(self.factors)
+
+    def factors(self) -> dict:
+        """{site: ((α/r) A (L, r, in), B (L, out, r))}"""
         scaling = self.options["alpha"] / self.options["rank"]
         return {name: (self.get_parameter(f"{name}_a") * scaling, self.get_parameter(f"{name}_b")) for name in self.sites}

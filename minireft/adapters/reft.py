@@ -48,9 +48,8 @@ class ReFT(Adapter):
             raise ValueError(f"activation is {activation!r}: expected None or one of {', '.join(ACTIVATIONS)}")
         super().__init__(model, rank=rank, layers=layers, positions=str(where), tied=tied, init=init, site=site,
                          dropout=dropout, activation=activation)
-        self.layers, self.where, self.tied, self.site, self.strength = layers, where, tied, site, 1.0
+        self.layers, self.where, self.tied, self.site = layers, where, tied, site
         self.edit = PlainEdit if dropout or activation else Edit
-        self._ready = (None, None)                                        # (what it was computed from, the weights)
         self.start(len(layers), 1 if tied else 2, rank, C, paper=init == "paper")
 
     # -- what a variant defines
@@ -66,9 +65,12 @@ class ReFT(Adapter):
     # -- what they share
 
     def edits(self):
-        places = [self.model.embed] if self.site == "embed" else \
-            [self.model.blocks[layer].get_submodule(LINEARS.get(self.site, self.site)) for layer in self.layers]
-        return [(place, self.edit(self, slot)) for slot, place in enumerate(places)]
+        return [(place, self.edit(self, slot)) for slot, place in enumerate(self.places(self.layers))]
+
+    def places(self, layers: list[int]) -> list:
+        if self.site == "embed":
+            return [self.model.embed]
+        return [self.model.blocks[layer].get_submodule(LINEARS.get(self.site, self.site)) for layer in layers]
 
     def refuse(self, other):
         if isinstance(other, ReFT) and other.site == self.site and self.where.may_meet(other.where):
@@ -82,16 +84,7 @@ class ReFT(Adapter):
         start, lengths = prompt_span(tokens, mask, None if self.where.generated else prompt_lengths)    # two of (B,)
         positions = self.where.indices(start, lengths, tokens.shape[1])   # (B, P)
         sets = None if self.tied else self.where.groups(tokens.device).expand_as(positions)  # (B, P)
-        return Prepared(positions, sets, self.ready())
-
-    def ready(self) -> tuple[Tensor, ...]:
-        """The weights in use: computed once a pass while gradients are wanted, otherwise once until a parameter changes."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self.weights()
-        source = (self.strength, *((p.data_ptr(), p._version) for p in self.parameters()))
-        if self._ready[0] != source:
-            self._ready = (source, self.weights())
-        return self._ready[1]
+        return Prepared(positions, sets, self.ready(self.weights))
 
     def weights(self) -> tuple[Tensor, ...]:
         W, V, U, b = self.parts()
