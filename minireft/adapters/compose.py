@@ -1,0 +1,78 @@
+"""Putting ReFTs together: slices of one R that are trained apart, and sums of edits.
+
+Use:  mood = Subspace(reft, [0, 1]); train(model, [mood], ...); mood.write_back()      # the other directions are untouched
+      both = weighted_sum([reft_a, reft_b], [0.5, 0.5])                # the average of two edits, itself a DiReFT
+See:  slices trained apart do not touch each other's directions, because the rows of one R are orthogonal.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .orthonormal import orthonormalise
+from .reft import DiReFT, LoReFT, ReFT
+
+
+class Subspace(ReFT):
+    """Some of a LoReFT's r directions as an adapter of its own: it trains their rows of W and b, with R fixed.
+
+    directions: numbers from 0 to r − 1. Slices trained apart are used together through the parent, after `write_back()`
+    (one after the other they would not be: W reads what the slice before it wrote). In a `Bank`, slices of one parent, and
+    the parent for all of them at once, let every example choose. Raises ValueError for a slice outside r.
+    """
+
+    def __init__(self, parent: LoReFT, directions):
+        directions = list(directions)
+        rank = parent.options["rank"]
+        if not isinstance(parent, LoReFT):
+            raise ValueError(f"a {type(parent).__name__} has no orthonormal R to slice: expected a LoReFT")
+        if not directions or len(set(directions)) < len(directions) or not all(0 <= d < rank for d in directions):
+            raise ValueError(f"directions are {directions}: expected distinct numbers from 0 to {rank - 1}, the parent's rank being {rank}")
+        super().__init__(parent.model, **{**parent.options, "rank": len(directions)})
+        self.slice, self.of = directions, (parent,)                 # a tuple hides the parent from our own parameters
+        with torch.no_grad():
+            self.register_buffer("R", orthonormalise(parent.m)[:, :, directions].clone())    # (S, K, |slice|, C)
+            self.w.copy_(parent.w[:, :, directions])
+            self.b.copy_(parent.b[:, :, directions])
+
+    def start(self, S, K, r, C, paper):
+        self.w, self.b = self.parameter(S, K, r, C), self.parameter(S, K, r)
+
+    def parts(self):
+        return self.w, self.R, self.R, self.b
+
+    def write_back(self) -> None:
+        """Puts the trained rows into the parent."""
+        parent, = self.of
+        with torch.no_grad():
+            parent.w[:, :, self.slice] = self.w
+            parent.b[:, :, self.slice] = self.b
+
+    def save(self, path):
+        raise ValueError("a slice is saved with its parent: call write_back(), then save the parent")
+
+
+def weighted_sum(adapters: list[ReFT], weights: list[float]) -> DiReFT:
+    """The adapter whose edit is Σ w_i · (edit of adapter i), exactly: a DiReFT of rank Σ r_i.
+
+    Only edits of the same layers, site and positions add up. Averaging the parameters instead would be meaningless: a mean
+    of two orthonormal R is neither orthonormal nor between their edits. Raises ValueError for what cannot be added.
+    """
+    if len(adapters) != len(weights) or not adapters:
+        raise ValueError(f"{len(adapters)} adapters and {len(weights)} weights: expected as many of the one as of the other")
+    first = adapters[0]
+    for adapter in adapters:
+        if not isinstance(adapter, ReFT) or adapter.options.get("activation"):
+            raise ValueError(f"{type(adapter).__name__} has no linear low-rank edit to add: expected plain ReFTs")
+        for name in ("layers", "site", "tied", "where", "model"):
+            mine, theirs = getattr(adapter, name), getattr(first, name)
+            if mine is not theirs and mine != theirs:
+                raise ValueError(f"the adapters differ in their {name.replace('where', 'positions')}: edits of different places do not add up")
+    together = DiReFT(first.model, rank=sum(a.parts()[0].shape[2] for a in adapters), layers=first.layers if first.site != "embed" else "all",
+                      positions=str(first.where), tied=first.tied, site=first.site)
+    with torch.no_grad():
+        each = [a.parts() for a in adapters]                              # W, V, U (S, K, r_i, C), b (S, K, r_i)
+        together.w1.copy_(torch.cat([w * (W - V) for w, (W, V, _, _) in zip(weights, each)], 2))
+        together.w2.copy_(torch.cat([U * a.strength for a, (_, _, U, _) in zip(adapters, each)], 2))
+        together.b.copy_(torch.cat([w * b for w, (_, _, _, b) in zip(weights, each)], 2))
+    return together
