@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
-
 from .adapters import task_ids
 from .data import Encoded, Example, collate, encode, encode_prompt
-from .generation import generate_ids
+from .generation import evaluating, generate_ids
 from .losses import token_losses
 from .model import Model
 
@@ -37,7 +35,6 @@ class Scores:
         return f"{', '.join(parts)} on {self.n} examples"
 
 
-@torch.no_grad()
 def mean_log_likelihoods(model: Model, rows: list[Encoded], batch_size: int = 64) -> list[float]:
     """β(y) = (1/T) Σ log p(y_t | x, y_<t) of each row's completion, end of text included (T-Few, section 3.2)."""
     device, scores = model.embed.weight.device, [0.0] * len(rows)
@@ -45,7 +42,8 @@ def mean_log_likelihoods(model: Model, rows: list[Encoded], batch_size: int = 64
     for first in range(0, len(rows), batch_size):
         chosen = by_length[first : first + batch_size]
         batch, tasks = collate([rows[i] for i in chosen]).to(device), task_ids(model, [rows[i].task for i in chosen])
-        losses = token_losses(model(batch.tokens, batch.mask, batch.prompt_lengths, tasks), batch.tokens)  # (B, T − 1)
+        with evaluating(model):
+            losses = token_losses(model(batch.tokens, batch.mask, batch.prompt_lengths, tasks), batch.tokens)   # (B, T − 1)
         answer = batch.answer[:, 1:]                                      # (B, T − 1)
         for i, score in zip(chosen, (-(losses * answer).sum(1) / answer.sum(1)).tolist()):
             scores[i] = score
@@ -61,10 +59,8 @@ def evaluate(model: Model, tokenizer, examples: list[Example], metrics=("rank", 
     """
     if not examples:
         raise ValueError("there are no examples to evaluate on")
-    context, training = model.config.context, model.training
-    model.eval()
-    try:
-        rank, exact, answers = None, None, []
+    context, rank, exact, answers = model.config.context, None, None, []
+    with evaluating(model):
         if "rank" in metrics and all(example.choices for example in examples):
             rows = [encode(tokenizer, replace(e, completion=choice), context) for e in examples for choice in e.choices]
             scores, right = iter(mean_log_likelihoods(model, rows, batch_size)), 0
@@ -82,6 +78,4 @@ def evaluate(model: Model, tokenizer, examples: list[Example], metrics=("rank", 
                 tasks = task_ids(model, [e.task for e in examples[first : first + batch_size]])
                 answers += generate_ids(model, prompts[first : first + batch_size], most, tokenizer.eos_id, tasks=tasks)
             exact = sum(a == w for a, w in zip(answers, wanted)) / len(examples)
-    finally:
-        model.train(training)
     return Scores(len(examples), rank, exact, tuple(map(tokenizer.decode, answers)))

@@ -6,6 +6,8 @@ See:  the prompt is edited once, in the first pass; every later token costs what
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -22,44 +24,95 @@ def pick(logits: Tensor, temperature: float, top_p: float, generator: torch.Gene
     return ids.gather(1, torch.multinomial(p, 1, generator=generator))[:, 0]
 
 
-@torch.no_grad()
-def generate_ids(model: Model, prompts: list[list[int]], max_new_tokens: int, eos: int | None, temperature: float = 0.0,
-                 top_p: float = 1.0, seed: int = 0, tasks: Tensor | None = None) -> list[list[int]]:
-    """Token ids in, new token ids out (without the end of text). Ends at `eos`, max_new_tokens, or a full context."""
-    device, B, T = model.embed.weight.device, len(prompts), max(map(len, prompts))
-    generator = torch.Generator(device).manual_seed(seed) if temperature else None
+def left_padded(prompts: list[list[int]], device) -> tuple[Tensor, Tensor | None]:
+    """Tokens and mask, (B, T) both, all rows ending together; no mask where nothing is padding."""
+    B, T = len(prompts), max(map(len, prompts))
     tokens, mask = torch.zeros(B, T, dtype=torch.long), torch.zeros(B, T, dtype=torch.bool)
-    for i, ids in enumerate(prompts):                                     # padded on the left: all rows end together
+    for i, ids in enumerate(prompts):
         tokens[i, T - len(ids):], mask[i, T - len(ids):] = torch.tensor(ids), True
-    tokens, mask = tokens.to(device), mask.to(device)
-    steps = min(max_new_tokens, model.config.context - T)
-    cache, new = Cache(model, B, T + steps), []
-    done = torch.zeros(B, dtype=torch.bool, device=device)
+    return tokens.to(device), None if mask.all() else mask.to(device)
+
+
+@contextlib.contextmanager
+def evaluating(model: Model):
+    """Evaluation mode without gradients; what was before, afterwards."""
     training = model.training
     model.eval()
     try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def generate_ids(model: Model, prompts: list[list[int]], max_new_tokens: int, eos: int | None, temperature: float = 0.0,
+                 top_p: float = 1.0, seed: int = 0, tasks: Tensor | None = None) -> list[list[int]]:
+    """Token ids in, new token ids out (without the end of text). Ends at `eos`, max_new_tokens, or a full context."""
+    device, B = model.embed.weight.device, len(prompts)
+    generator = torch.Generator(device).manual_seed(seed) if temperature else None
+    tokens, mask = left_padded(prompts, device)                           # (B, T)
+    steps = min(max_new_tokens, model.config.context - tokens.shape[1])
+    cache, new, done = Cache(model, B, tokens.shape[1] + steps), [], torch.zeros(B, dtype=torch.bool, device=device)
+    with evaluating(model):
         for step in range(steps):
-            padded = mask if step == 0 and not mask.all() else None
-            h, context = model.stream(tokens, padded, tasks=tasks, cache=cache)             # (B, T or 1, C)
+            h, context = model.stream(tokens, mask if step == 0 else None, tasks=tasks, cache=cache)    # (B, T or 1, C)
             tokens = pick(model.head(h[:, -1], context=context), temperature, top_p, generator)[:, None]   # (B, 1)
             new.append(tokens)
             if eos is not None:
                 done |= tokens[:, 0] == eos
                 if done.all():
                     break
-    finally:
-        model.train(training)
-    rows = torch.cat(new, 1).tolist() if new else [[] for _ in prompts]   # (B, steps)
-    return [row[: row.index(eos)] if eos in row else row for row in rows]
+    return [cut(row, eos) for row in torch.cat(new, 1).tolist()] if new else [[] for _ in prompts]
+
+
+def search_ids(model: Model, prompts: list[list[int]], max_new_tokens: int, eos: int | None, beams: int,
+               tasks: Tensor | None = None) -> list[list[int]]:
+    """Beam search: keeps the `beams` likeliest continuations K of each prompt; returns the best by mean log p a token."""
+    device, B, K = model.embed.weight.device, len(prompts), beams
+    tokens, mask = left_padded(prompts, device)                           # (B, T)
+    steps = min(max_new_tokens, model.config.context - tokens.shape[1])
+    cache = Cache(model, B, tokens.shape[1] + steps)
+    score, length = torch.full((B, K), -torch.inf, device=device), torch.zeros(B, K, device=device)
+    score[:, 0] = 0.0                                                     # all beams of a prompt begin as one
+    done, new = torch.zeros(B, K, dtype=torch.bool, device=device), torch.empty(B, K, 0, dtype=torch.long, device=device)
+    first = torch.arange(B, device=device)[:, None]                       # (B, 1)
+    with evaluating(model):
+        for step in range(steps):
+            h, context = model.stream(tokens, mask if step == 0 else None, tasks=tasks, cache=cache)    # (B or B·K, T or 1, C)
+            p = model.head(h[:, -1], context=context).float().log_softmax(-1)
+            if step == 0:                                                 # from here on every prompt has K rows
+                each = torch.arange(B, device=device).repeat_interleave(K)
+                cache.select(each)
+                p, tasks = p[each], tasks if tasks is None else tasks[each]
+            p = p.view(B, K, -1)                                          # (B, K, V)
+            if eos is not None:                                           # a finished beam repeats its end for nothing
+                p = torch.where(done[:, :, None], -torch.inf, p)
+                p[:, :, eos] = torch.where(done, 0.0, p[:, :, eos])
+            score, place = (score[:, :, None] + p).flatten(1).topk(K, dim=1)                # (B, K) both
+            beam, token = place // p.shape[-1], place % p.shape[-1]       # (B, K) both
+            new = torch.cat((new[first, beam], token[:, :, None]), dim=2)                   # (B, K, steps so far)
+            length = length[first, beam] + ~done[first, beam]
+            done = done[first, beam] | (token == eos) if eos is not None else done
+            cache.select((first * K + beam).flatten())
+            tokens = token.view(B * K, 1)
+            if done.all():
+                break
+    best = (score / length.clamp(min=1)).argmax(1)                        # (B,)
+    return [cut(row, eos) for row in new[first[:, 0], best].tolist()]
+
+
+def cut(row: list[int], eos: int | None) -> list[int]:
+    return row[: row.index(eos)] if eos in row else row
 
 
 def generate(model: Model, tokenizer, prompts: list[str], max_new_tokens: int = 64, temperature: float = 0.0,
-             top_p: float = 1.0, seed: int = 0, tasks: Tensor | None = None) -> list[str]:
+             top_p: float = 1.0, seed: int = 0, beams: int = 1, tasks: Tensor | None = None) -> list[str]:
     """The continuation of each prompt, as text.
 
     temperature 0 is greedy; top_p in (0, 1] keeps the likeliest tokens that hold that probability together; `seed` makes
-    a draw repeatable; tasks (B,) as in `Model.forward`. A row ends at the end of text or where the context is full.
-    Raises ValueError for an empty prompt, one that fills the context, and settings out of range.
+    a draw repeatable; beams above 1 search for the continuation of the highest mean log-likelihood a token; tasks (B,) as
+    in `Model.forward`. A row ends at the end of text or where the context is full. Raises ValueError for an empty prompt,
+    one that fills the context, and settings out of range.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: expected at least 1")
@@ -67,9 +120,15 @@ def generate(model: Model, tokenizer, prompts: list[str], max_new_tokens: int = 
         raise ValueError(f"temperature is {temperature}: expected 0 (greedy) or more")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}: expected a number above 0 and at most 1")
+    if beams < 1 or beams > 1 and temperature:
+        raise ValueError(f"beams is {beams}: expected at least 1, and a search (above 1) goes with temperature 0 only")
     if isinstance(prompts, str):
         raise ValueError(f"prompts are one string, {prompts[:40]!r}: expected a list of strings")
     if not prompts:
         return []
     ids = [encode_prompt(tokenizer, prompt, model.config.context - 1) for prompt in prompts]
-    return [tokenizer.decode(row) for row in generate_ids(model, ids, max_new_tokens, tokenizer.eos_id, temperature, top_p, seed, tasks)]
+    if beams > 1:
+        rows = search_ids(model, ids, max_new_tokens, tokenizer.eos_id, beams, tasks)
+    else:
+        rows = generate_ids(model, ids, max_new_tokens, tokenizer.eos_id, temperature, top_p, seed, tasks)
+    return [tokenizer.decode(row) for row in rows]

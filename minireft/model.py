@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,9 @@ class ModelConfig:
             if self.width % self.heads:
                 raise ValueError(f"width {self.width} is no multiple of heads {self.heads}: change one, or set head_dim")
             object.__setattr__(self, "head_dim", self.width // self.heads)
+        for name in ("kv_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads {self.heads} is no multiple of kv_heads {self.kv_heads}")
         if self.positions == "rotary" and self.head_dim % 2:
@@ -265,6 +269,7 @@ class Model(nn.Module):
         super().__init__()
         c, self.config = config, config
         self.adapters: list = []            # those attached, in order; each prepares once a forward pass
+        self.recompute = False              # True: blocks are run again in the backward pass instead of kept in memory
         self.tokenizer = None               # whoever loads a model with its tokenizer leaves it here
         self.embed = Embedding(c.vocab_size, c.width)
         self.position = Embedding(c.context, c.width) if c.positions == "learned" else None
@@ -324,15 +329,20 @@ class Model(nn.Module):
         if self.position is not None:
             h = h + self.position(positions, context=context)
         for block in self.blocks:
-            h = block(h, step)
+            if self.recompute and torch.is_grad_enabled():                # gradient checkpointing: keep h, not what is inside
+                h = checkpoint(block, h, step, use_reentrant=False)
+            else:
+                h = block(h, step)                                        # (B, T, C)
         if cache:
             cache.length = past + T
         return self.norm(h, context=context), context
 
     def _check(self, tokens, mask, prompt_lengths, tasks, cache) -> None:
-        if tokens.dim() != 2 or tokens.dtype != torch.int64:
-            raise ValueError(f"tokens are {tokens.dtype} of shape {tuple(tokens.shape)}: expected int64 of shape (B, T)")
+        if tokens.dim() != 2 or tokens.dtype != torch.int64 or tokens.numel() == 0:
+            raise ValueError(f"tokens are {tokens.dtype} of shape {tuple(tokens.shape)}: expected int64 of shape (B, T), not empty")
         B, T = tokens.shape
+        if tokens.device.type == "cpu" and not torch.compiler.is_compiling() and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
+            raise ValueError(f"tokens are {tokens.min()} ... {tokens.max()}: expected ids of this model's vocabulary of {self.config.vocab_size}")
         for name, value, shape in (("mask", mask, (B, T)), ("prompt_lengths", prompt_lengths, (B,)), ("tasks", tasks, (B,))):
             if value is not None and value.shape != shape:
                 raise ValueError(f"{name} has shape {tuple(value.shape)}: expected {shape} beside tokens {(B, T)}")

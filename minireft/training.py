@@ -39,6 +39,7 @@ class TrainConfig:
     warmup: float = 0.1                 # share of the steps over which the rate rises
     clip: float = 1.0                   # the gradient's largest norm; 0 = no clipping
     bf16: bool = False                  # autocast the forward pass
+    recompute: bool = False             # gradient checkpointing: blocks run again in the backward pass; less memory
     full: bool = False                  # train the base itself as well
     seed: int = 0                       # of the examples' order
     save_every: int = 50                # steps between checkpoints, when there is an output folder
@@ -85,21 +86,23 @@ def make_optimizer(config: TrainConfig, parameters: list) -> torch.optim.Optimiz
 
 
 @contextlib.contextmanager
-def prepared(model: Model, adapters: list[Adapter], full: bool):
+def prepared(model: Model, adapters: list[Adapter], config: TrainConfig):
     """Attaches what is not attached, freezes or frees the base, sets training mode; undoes all of it, come what may."""
-    before, training, mine = [p.requires_grad for p in model.parameters()], model.training, []
+    before, training, recompute, mine = [p.requires_grad for p in model.parameters()], model.training, model.recompute, []
     try:
         for adapter in adapters:
             if adapter.model is not model:
                 raise ValueError(f"the {type(adapter).__name__} was made for another model object: make or load it for this one")
             if not adapter.attached:
                 mine.append(adapter.attach())
-        model.requires_grad_(full).train()
+        model.requires_grad_(config.full).train()
+        model.recompute = config.recompute
         yield
     finally:
         for adapter in reversed(mine):
             adapter.detach()
         model.train(training)
+        model.recompute = recompute
         for parameter, was in zip(model.parameters(), before):
             parameter.requires_grad_(was)
             if not was:
@@ -113,52 +116,81 @@ def train(model: Model, adapters: list[Adapter] = (), examples: list[Example] = 
     Attaches what is not attached and detaches it again, also after an error or Ctrl-C. `tokenizer`: None takes the one that
     `load` gave the model; examples that are `Encoded` already need none. `out`: a folder for log.jsonl and checkpoint.pt; resume=True goes on from the checkpoint there, to the same bits as an uninterrupted run on the same
     machine, thread count and backend. Only what is trained has gradients; none flow below the lowest site in use.
+    Under `torchrun` every process takes its share of each batch, and only the gradients of what is trained are exchanged.
     Raises ValueError for bad examples, nothing to train, a checkpoint of another run, and FloatingPointError for a loss
     that is not finite (the last checkpoint stays).
     """
     if not examples:
         raise ValueError("there are no examples to train on")
-    adapters, tokenizer, device = list(adapters), tokenizer or model.tokenizer, model.embed.weight.device
+    adapters, tokenizer = list(adapters), tokenizer or model.tokenizer
     rows = [e if isinstance(e, Encoded) else encode(tokenizer, e, model.config.context) for e in examples]
     trained = [p for adapter in adapters for p in adapter.parameters()] + (list(model.parameters()) if config.full else [])
     if not trained:
         raise ValueError("there is nothing to train: give an adapter with parameters, or TrainConfig(full=True) for the base itself")
 
+    team = Team()
+    if config.batch_size % (team.size * config.accumulate):
+        raise ValueError(f"batch_size {config.batch_size} cannot be shared by {team.size} processes in {config.accumulate} pieces each")
     checkpoint = Checkpoint(out, model, adapters, config, rows) if out else None
-    with prepared(model, adapters, config.full):
+    with prepared(model, adapters, config):
         task_ids(model, [row.task for row in rows])                       # an unknown task is an error before the first step
         optimizer = make_optimizer(config, trained)
         first = checkpoint.restore(optimizer) if checkpoint and resume else 0
+        team.start_equal(trained)
         losses, started = [], time.perf_counter()
-        bar = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=not progress, leave=False, unit="step")
+        bar = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=not progress or team.rank > 0, leave=False, unit="step")
         for step in bar:
             rate = config.rate(step)
-            loss = one_step(model, adapters, rows, step, config, optimizer, trained, rate, device)
+            loss = one_step(model, adapters, rows, step, config, optimizer, trained, rate, team)
             losses.append(loss)
             bar.set_postfix(loss=f"{loss:.3f}")
-            if checkpoint:
+            if checkpoint and team.rank == 0:
                 checkpoint.log(step, loss, rate, time.perf_counter() - started)
                 if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
                     checkpoint.save(step + 1, optimizer)
     return Run(losses, time.perf_counter() - started, first)
 
 
-def one_step(model, adapters, rows, step, config, optimizer, trained, rate, device) -> float:
-    """Forward and backward over the pieces of one batch, then one update. Returns the loss in nats a token."""
-    chosen = order(len(rows), config.seed, step * config.batch_size, config.batch_size)
-    numbers = torch.arange(step * config.batch_size, (step + 1) * config.batch_size, device=device)   # (B,) never repeat
-    piece, total = config.batch_size // config.accumulate, 0.0
-    count = sum(len(rows[i].ids) - rows[i].prompt_length for i in chosen)  # answer tokens in all pieces together
-    for first in range(0, config.batch_size, piece):
+class Team:
+    """The processes that train together: one, or as many as `torchrun` started and torch.distributed knows."""
+
+    def __init__(self):
+        together = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self.rank, self.size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if together else (0, 1)
+
+    def start_equal(self, tensors: list) -> None:
+        for tensor in tensors if self.size > 1 else ():
+            torch.distributed.broadcast(tensor.data, 0)
+
+    def sum(self, tensors: list) -> None:
+        """Adds up each tensor over the processes, all in one message."""
+        if self.size > 1:
+            flat = torch.cat([tensor.flatten() for tensor in tensors])
+            torch.distributed.all_reduce(flat)
+            for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+                tensor.copy_(part.view_as(tensor))
+
+
+def one_step(model, adapters, rows, step, config, optimizer, trained, rate, team) -> float:
+    """Forward and backward over this process's share of one batch, piece by piece, then one update. Returns the batch's
+    loss in nats a token."""
+    device, B = trained[0].device, config.batch_size
+    chosen = order(len(rows), config.seed, step * B, B)                   # which examples, the same on every process
+    count = sum(len(rows[i].ids) - rows[i].prompt_length for i in chosen)  # answer tokens in all shares and pieces together
+    share = B // team.size
+    piece, total = share // config.accumulate, torch.zeros((), device=device)
+    for first in range(team.rank * share, (team.rank + 1) * share, piece):
         mine = [rows[i] for i in chosen[first : first + piece]]
         batch, tasks = collate(mine).to(device), task_ids(model, [row.task for row in mine])
-        for adapter in adapters:
-            adapter.begin(step, numbers[first : first + piece])
+        for adapter in adapters:                                          # numbers that never repeat, whatever the shares
+            adapter.begin(step, torch.arange(step * B + first, step * B + first + piece, device=device))
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
             logits = model(batch.tokens, batch.mask, batch.prompt_lengths, tasks)           # (B, T, V)
         loss = cross_entropy(logits, batch.tokens, batch.answer, count)
         loss.backward()
-        total += loss.item()
+        total += loss.detach()
+    team.sum([total] + [p.grad for p in trained if p.grad is not None])
+    total = total.item()
     if not math.isfinite(total):
         optimizer.zero_grad()
         raise FloatingPointError(f"the loss became {total} at step {step}: lower the learning rate ({config.lr}), raise the warm-up, "
