@@ -192,7 +192,7 @@ class Emulator:
                         rows: Tensor | None = None, index: Tensor | None = None, distribution: str = "uniform") -> Tensor:
         (B, T), (V, C) = ids.shape, weight.shape
         out = poisoned(B, T, C, dtype=weight.dtype)
-        n = Noise(B, T, C, V, _index(ids), _index(lengths), _index(rows), _index(index), _data(seed), alpha, distribution == "normal",
+        n = Noise(B, T, C, V, _index(ids), _index(lengths), _index(rows), _index(index), _data(seed), alpha, distribution == "gaussian",
                   DTYPES[weight.dtype])
         self._call("noisy_embedding", n, NoiseForward(_data(weight), _data(out)))
         return out

@@ -297,15 +297,15 @@ def noisy_embedding(ids: Tensor, weight: Tensor, alpha: float, seed: Tensor | in
     ε is a function of (seed, step, row id, token index, channel): seed is an int64 tensor (2,) = (seed, step), or an int.
     Raises ValueError for what does not fit, and on the CPU for ids out of range; on CUDA such an id makes its row NaN.
     """
-    if distribution not in ("uniform", "normal"):
-        raise ValueError(f"distribution must be 'uniform' or 'normal', got {distribution!r}")
+    if distribution not in ("uniform", "gaussian"):
+        raise ValueError(f"distribution must be 'uniform' or 'gaussian', got {distribution!r}")
     if isinstance(seed, int):
         seed = torch.tensor([seed, 0], device=ids.device)
     library = _library(weight)
     if library is None:
         _check_noise(ids, weight, seed, lengths, rows, index)
         return _plainly(reference.noisy_embedding, ids, weight, alpha, seed, lengths, rows, index, distribution)
-    arguments = (ids, weight, float(alpha), seed, lengths, rows, index, distribution == "normal")
+    arguments = (ids, weight, float(alpha), seed, lengths, rows, index, distribution == "gaussian")
     return _NoisyEmbedding.apply(library, *arguments) if _tracked(weight) else _libraries[library]["noisy_embedding"](*arguments)
 
 

@@ -30,8 +30,8 @@ class Noise:
 
 class NEFTune(Adapter):
     """alpha α ≥ 0; length "real" (each row's own tokens, none on padding: the authors' training code) or "padded" (the
-    row with its padding: the paper's algorithm and the libraries); distribution "uniform" or "gaussian" (the ablation, of
-    the same variance); seed of the noise. No parameters. Raises ValueError for values out of range.
+    row with its padding: the paper's algorithm and the libraries); distribution "uniform" or "gaussian" (the
+    ablation: N(0, 1) in the place of U[−1, 1]); seed of the noise. No parameters. Raises ValueError for values out of range.
 
     The noise is a function of (seed, step, example, token, channel), not of torch's generator: padding, batching and
     resuming do not change it. Silent unless the model is in training mode.
