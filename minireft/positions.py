@@ -28,11 +28,13 @@ class Positions:
         """'f7', 'l7', 'f7+l7', 'all', 'all+generated', or indices: [0, 3, -1] or '0,3,-1'. ValueError for anything else."""
         if isinstance(text, Positions):
             return text
-        if isinstance(text, (list, tuple)) or re.fullmatch(r"-?\d+(,-?\d+)*", str(text)):
-            listed = tuple(int(x) for x in (text.split(",") if isinstance(text, str) else text))
+        listed = [text] if isinstance(text, int) else text
+        if isinstance(text, str) and re.fullmatch(r"-?\d+(,-?\d+)*", text):
+            listed = [int(x) for x in text.split(",")]
+        if isinstance(listed, (list, tuple)) and all(type(x) is int for x in listed):
             if len(set(listed)) < len(listed) or not listed:
                 raise ValueError(f"positions are {text!r}: expected at least one index, each once")
-            return cls(listed=listed)
+            return cls(listed=tuple(listed))
         if text == "all" or text == "all+generated":
             return cls(all=True, generated=text != "all")
         match = re.fullmatch(r"(?:f(\d+))?(\+)?(?:l(\d+))?", text) if isinstance(text, str) else None
