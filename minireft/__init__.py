@@ -3,7 +3,7 @@
 from . import ops, reference, tasks
 from .adapters import (IA3, Bank, ConsReFT, DiReFT, LobiReFT, LoRA, LoReFT, NEFTune, NoReFT, SteeringVector, load_adapter)
 from .checkpoint import load, save
-from .data import Example
+from .data import Example, read_examples
 from .evaluation import evaluate
 from .generation import generate
 from .model import Cache, Model, ModelConfig
@@ -11,6 +11,6 @@ from .tokenizer import Tokenizer
 from .training import TrainConfig, train
 
 __version__ = "0.1.0"
-__all__ = ["Bank", "Cache", "ConsReFT", "DiReFT", "Example", "IA3", "LoRA", "LoReFT", "LobiReFT", "Model", "ModelConfig", "NEFTune",
-           "NoReFT", "SteeringVector", "Tokenizer", "TrainConfig", "evaluate", "generate", "load", "load_adapter", "ops", "reference", "save",
-           "tasks", "train"]
+__all__ = ["Bank", "Cache", "ConsReFT", "DiReFT", "Example", "IA3", "LoRA", "LoReFT", "LobiReFT", "Model",
+           "ModelConfig", "NEFTune", "NoReFT", "SteeringVector", "Tokenizer", "TrainConfig", "evaluate", "generate",
+           "load", "load_adapter", "ops", "read_examples", "reference", "save", "tasks", "train"]

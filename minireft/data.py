@@ -6,7 +6,9 @@ See:  prompt and completion are encoded apart and joined, so the prompt's length
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -42,6 +44,35 @@ class Batch:
 
     def to(self, device) -> Batch:
         return replace(self, **{name: tensor.to(device) for name, tensor in vars(self).items()})
+
+
+def read_examples(path) -> list[Example]:
+    """Examples from a .jsonl file: a line is an object with "prompt", "completion" and, for a multiple choice, "choices".
+
+    Raises FileNotFoundError; ValueError that names the file and the line of a row that is malformed.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}: expected .jsonl, a prompt and a completion on every line")
+    examples = []
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"it is a {type(row).__name__}")
+            for name in ("prompt", "completion"):
+                if not isinstance(row.get(name), str) or not row[name].strip():
+                    raise ValueError(f"{name!r} is {row.get(name)!r}")
+            choices = row.get("choices", [])
+            if not isinstance(choices, list) or not all(isinstance(c, str) for c in choices) or choices and row["completion"] not in choices:
+                raise ValueError(f"'choices' is {choices!r}: a list of texts, the completion among them, is expected there")
+        except ValueError as error:                                       # a JSON error and a wrong encoding are ValueErrors too
+            raise ValueError(f'{path}, line {number}: {error}; expected {{"prompt": "some text", "completion": "some text"}}') from error
+        examples.append(Example(row["prompt"], row["completion"], tuple(choices), id=len(examples)))
+    if not examples:
+        raise ValueError(f"{path} holds no rows: expected a prompt and a completion on every line")
+    return examples
 
 
 def encode_prompt(tokenizer, text: str, context: int) -> list[int]:

@@ -41,6 +41,24 @@ def write_text(path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def append_line(path, line: str) -> None:
+    """Adds a line to a file; where it does not fit whole, the file stays as it was."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "ab", buffering=0)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}; choose a folder that can be written to") from error
+    with file:
+        end, data = file.seek(0, os.SEEK_END), line.encode() + b"\n"
+        try:
+            whole = file.write(data) == len(data)
+        except OSError:
+            whole = False
+        if not whole:
+            file.truncate(end)
+            raise OSError(f"cannot write {path}: the disk or the quota is full; what was there is unchanged")
+
+
 def write_tensors(path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """One safetensors file. Tensors that share memory are written once each, as copies."""
     write_bytes(path, save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, metadata))

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from . import files
-from .adapters import Adapter, task_ids
+from .adapters import Adapter, fingerprint, task_ids
 from .data import Encoded, Example, collate, encode, order
 from .losses import cross_entropy
 from .model import Model
@@ -135,7 +135,7 @@ def train(model: Model, adapters: list[Adapter] = (), examples: list[Example] = 
     with prepared(model, adapters, config):
         task_ids(model, [row.task for row in rows])                       # an unknown task is an error before the first step
         optimizer = make_optimizer(config, trained)
-        first = checkpoint.restore(optimizer) if checkpoint and resume else 0
+        first = checkpoint.begin(optimizer, resume) if checkpoint else 0
         team.start_equal(trained)
         losses, started = [], time.perf_counter()
         bar = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=not progress or team.rank > 0, leave=False, unit="step")
@@ -209,9 +209,11 @@ class Checkpoint:
 
     def __init__(self, out, model, adapters, config, rows):
         self.out, self.model, self.adapters = Path(out), model, adapters
-        data = hashlib.sha256(json.dumps([(row.ids, row.prompt_length, row.task) for row in rows]).encode()).hexdigest()
+        data = [(row.ids, row.prompt_length, row.task) for row in rows]
         kinds = [[type(adapter).__name__, adapter.options] for adapter in adapters]
-        self.run = json.loads(json.dumps({"config": asdict(config), "adapters": kinds, "data": data}))
+        digests = {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in
+                   (("base", fingerprint(model)), ("data", data))}
+        self.run = json.loads(json.dumps({"config": asdict(config), "adapters": kinds, **digests}))
         self.path = self.out / "checkpoint.pt"
 
     def modules(self) -> dict:
@@ -219,9 +221,8 @@ class Checkpoint:
         return {**base, **{f"adapter {i}": adapter for i, adapter in enumerate(self.adapters)}}
 
     def log(self, step: int, loss: float, rate: float, seconds: float) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
-        with open(self.out / "log.jsonl", "a") as file:
-            file.write(json.dumps({"step": step, "loss": loss, "lr": rate, "seconds": round(seconds, 3)}) + "\n")
+        line = json.dumps({"step": step, "loss": loss, "lr": rate, "seconds": round(seconds, 3)})
+        files.append_line(self.out / "log.jsonl", line)
 
     def save(self, step: int, optimizer) -> None:
         buffer = io.BytesIO()
@@ -229,23 +230,26 @@ class Checkpoint:
                     "optimizer": optimizer.state_dict(), "generator": torch.get_rng_state()}, buffer)
         files.write_bytes(self.path, buffer.getvalue())
 
+    def begin(self, optimizer, resume: bool) -> int:
+        """The step to begin with, and a log of the steps before it."""
+        first = self.restore(optimizer) if resume and self.path.exists() else 0
+        log = self.out / "log.jsonl"
+        if log.exists():                                                  # drop what was logged after the checkpoint
+            files.write_text(log, "".join(line + "\n" for line in log.read_text().splitlines()[:first]))
+        return first
+
     def restore(self, optimizer) -> int:
-        """Puts everything back and returns the step to go on with; 0 where there is no checkpoint yet."""
-        if not self.path.exists():
-            return 0
+        """Puts everything back and returns the step to go on with."""
         try:
             saved = torch.load(self.path, weights_only=True, map_location=self.model.embed.weight.device)
+            run = saved["run"]
         except Exception as error:
-            raise ValueError(f"{self.path} is damaged ({error}): delete it to start over") from error
+            raise ValueError(f"{self.path} is damaged, or no checkpoint of a run ({error}): delete it to start over") from error
         for key, value in self.run.items():
-            if saved["run"][key] != value:
+            if run.get(key) != value:
                 raise ValueError(f"{self.path} is of another run: its {key} differ. Use its settings and data, or another folder")
         for name, module in self.modules().items():
             module.load_state_dict(saved["modules"][name])
         optimizer.load_state_dict(saved["optimizer"])
         torch.set_rng_state(saved["generator"].cpu())
-        log = self.out / "log.jsonl"
-        if log.exists():                                                  # drop what was logged after the checkpoint
-            lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] < saved["step"]]
-            files.write_text(log, "".join(line + "\n" for line in lines))
         return saved["step"]
