@@ -1,0 +1,7 @@
+"""`python -m minireft`: the same as `minireft`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,253 @@
+"""The command line: `minireft COMMAND`, or `python -m minireft COMMAND`.
+
+Use:  minireft --help; minireft tune --task facts --out runs/facts; minireft generate --adapter runs/facts/adapter.safetensors "..."
+See:  what was done and what to do next. A mistake is one line on stderr; a traceback is for bugs (MINIREFT_DEBUG=1 shows it).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+import warnings
+from pathlib import Path
+
+# torch takes a second to import: the commands import what they need, so that --help and usage errors are quick.
+
+METHODS = {                             # what suits the shipped base: learning rate and steps, chosen on validation items
+    "loreft": ("LoReFT", 1.5e-2), "direft": ("DiReFT", 1.5e-2), "ia3": ("IA3", 5e-2), "lora": ("LoRA", 6e-3), "full": (None, 5e-4)}
+OPTIONS = {                             # which option of `tune` belongs to which methods
+    "rank": ("loreft", "direft", "lora"), "layers": ("loreft", "direft"), "positions": ("loreft", "direft"),
+    "untied": ("loreft", "direft"), "sites": ("ia3", "lora")}
+
+
+# ---------------------------------------------------------------------------------------------------- the everyday verbs
+
+def demo(args) -> None:
+    """Tunes several ways and compares."""
+    from . import demo
+    demo.run(args.base, args.out, args.quick)
+
+
+def tune(args) -> None:
+    """Trains one method on a task or on the user's own file, and saves what was learned."""
+    from . import NEFTune, TrainConfig, adapters, save, train
+    out, (kind, lr) = Path(args.out), METHODS[args.method]
+    done = out / ("base" if args.method == "full" else "adapter.safetensors")
+    if not args.resume and ((out / "checkpoint.pt").exists() or done.exists()):
+        raise ValueError(f"{out} holds a run already: add --resume to go on with it, or name another folder with --out")
+    for name, methods in OPTIONS.items():
+        if getattr(args, name) and args.method not in methods:
+            raise ValueError(f"--{name} means nothing to {args.method}: it belongs to {', '.join(methods)}")
+    model, tokenizer = open_base(args)
+    examples = read(args, "train")
+    options = {name: getattr(args, name) for name in ("rank", "layers", "positions", "sites") if getattr(args, name) is not None}
+    if args.untied:
+        options["tied"] = False
+    import torch
+    torch.manual_seed(args.seed)
+    adapter = adapters.KINDS[kind](model, **options) if kind else None
+    noise = [NEFTune(model, alpha=args.neftune, seed=args.seed)] if args.neftune is not None else []
+    config = TrainConfig(steps=args.steps, lr=args.lr or lr, batch_size=args.batch_size, seed=args.seed, full=adapter is None)
+    if adapter:
+        adapter.print_trainable_parameters()
+    try:
+        run = train(model, [adapter, *noise] if adapter else noise, examples, config, tokenizer, out, args.resume, progress(args))
+    except KeyboardInterrupt:
+        again = shlex.join(["minireft", *args.argv, *([] if args.resume else ["--resume"])])
+        kept = f"go on with\n  {again}" if (out / "checkpoint.pt").exists() else "nothing was kept: no checkpoint had been written yet"
+        raise KeyboardInterrupt(kept) from None
+    if adapter:
+        adapter.save(done)
+    else:
+        save(model, tokenizer, done)
+    if run.losses:
+        print(f"{len(run.losses)} steps in {run.seconds:.0f} s, loss {run.losses[0]:.3f} → {run.losses[-1]:.3f}")
+    use = f"--adapter {done}" if adapter else f"--base {done}"
+    print(f"saved {done}; now: minireft evaluate --task {args.task} {use}" if args.task else
+          f"saved {done}; now: minireft generate {use} {shlex.quote(examples[0].prompt)}")
+
+
+def generate(args) -> None:
+    """Continues prompts, one answer a line."""
+    from . import generate
+    model, tokenizer = open_base(args)
+    with adapted(model, args.adapter, args.force):
+        for text in generate(model, tokenizer, args.prompt, args.max_new_tokens, args.temperature, args.top_p, args.seed):
+            print(text)
+
+
+def evaluate(args) -> None:
+    """Scores a base, with an adapter or without, on a task's split or on the user's own file."""
+    from . import evaluate, tasks
+    model, tokenizer = open_base(args)
+    examples = read(args, args.split)
+    with adapted(model, args.adapter, args.force):
+        scores = evaluate(model, tokenizer, examples)
+    print(scores)
+    if args.task == "instructions":     # many answers are right: a program checks them
+        p, n = sum(tasks.check(args.task, e, a) for e, a in zip(examples, scores.answers)) / scores.n, scores.n
+        print(f"obeyed {p:.3f} ± {(p * (1 - p) / n) ** 0.5:.3f} on {n} examples")
+
+
+def doctor(args) -> None:
+    """Says what works here."""
+    warnings.simplefilter("ignore")     # it has a row for what the warning says
+    from . import doctor
+    doctor.run()
+
+
+# ------------------------------------------------------------------------------------------------------------------ tools
+
+def pretrain(args) -> None:
+    """Trains a base from nothing."""
+    from .pretraining import pretrain
+    report = pretrain(args.out, quick=args.quick, seed=args.seed, processes=args.processes, progress=progress(args))
+    for name, score in report["gates"].items():
+        print(f"{name:24} {score:.3f}")
+    print(f"saved {args.out}; now: minireft generate --base {args.out} \"question : where does anna live ? answer :\"")
+
+
+# ----------------------------------------------------------------------------------------------------------------- shared
+
+def open_base(args):
+    """The base and its tokenizer on the device asked for."""
+    import torch
+    from . import load
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: this torch sees no GPU; `minireft doctor` says why, --device cpu works")
+    model, tokenizer = load(args.base, device)
+    if tokenizer is None:
+        raise ValueError(f"{args.base} has no tokenizer.json: put the base's own one there, the command line speaks in text")
+    if "OMP_NUM_THREADS" not in os.environ and model.config.width <= 512:
+        torch.set_num_threads(1)        # a small model's operations are too short to share
+    return model, tokenizer
+
+
+def read(args, split: str):
+    """The examples asked for: a task's split, or a file."""
+    from . import read_examples, tasks
+    if args.task:
+        return tasks.load(args.task, split, args.limit)
+    examples = read_examples(args.data)
+    return examples[: args.limit] if args.limit else examples
+
+
+def adapted(model, path, force: bool):
+    """The adapter at `path`, to stand in a `with`; nothing without a path."""
+    from contextlib import nullcontext
+    from . import load_adapter
+    return load_adapter(model, path, force) if path else nullcontext()
+
+
+def progress(args) -> bool:
+    return not args.quiet and sys.stderr.isatty()
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"minireft: {message}; see `{self.prog} --help`\n")
+
+
+def number(kind, least, above=False):
+    """An argparse type: a finite number of at least (or above) `least`."""
+    def parse(text: str):
+        value = kind(text)
+        if not (value > least if above else value >= least) or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is out of range: expected {'more than' if above else 'at least'} {least}")
+        return value
+    parse.__name__ = "whole number" if kind is int else "number"
+    return parse
+
+
+COMMANDS = {                            # in the order of --help
+    "everyday": {demo: "tune the shipped base in several ways and see what changed", tune: "train one method on a task or on your own file",
+                 generate: "continue a prompt", evaluate: "score a base or an adapter", doctor: "what is installed here, and what is missing"},
+    "tools": {pretrain: "train a base from nothing"},
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    overview = "\n".join(f"{group}:\n" + "\n".join(f"  {command.__name__:10} {text}" for command, text in commands.items())
+                         for group, commands in COMMANDS.items())
+    parser = Parser(prog="minireft", usage="minireft COMMAND [options]     (minireft COMMAND --help explains one)",
+                    formatter_class=argparse.RawDescriptionHelpFormatter, epilog=overview,
+                    description="Tune language models by LoReFT, (IA)3 and NEFTune.")
+    commands = parser.add_subparsers(dest="command", required=True, prog="minireft", metavar="COMMAND", help=argparse.SUPPRESS)
+    p = {}
+    for group in COMMANDS.values():
+        for command, text in group.items():
+            p[command] = commands.add_parser(command.__name__, help=text, description=text[0].upper() + text[1:] + ".")
+            p[command].set_defaults(run=command)
+
+    for command in (tune, generate, evaluate, demo):
+        p[command].add_argument("--base", default="base", metavar="FOLDER", help="a base's folder (default: the one that is shipped)")
+    for command in (tune, generate, evaluate):
+        p[command].add_argument("--device", metavar="NAME", help="cpu or cuda (default: cuda where there is one)")
+    for command in (generate, evaluate):
+        p[command].add_argument("--adapter", metavar="FILE", help="what `tune` saved: adapter.safetensors")
+        p[command].add_argument("--force", action="store_true", help="load an adapter that was made for another base")
+    for command, what in ((tune, "train on"), (evaluate, "score")):
+        source = p[command].add_mutually_exclusive_group(required=True)
+        source.add_argument("--task", metavar="NAME", help=f"{what} a task: facts, arithmetic, mood, entailment, instructions")
+        source.add_argument("--data", metavar="FILE", help=f'{what} a .jsonl file: a line is {{"prompt": "...", "completion": "..."}}')
+        p[command].add_argument("--limit", type=number(int, 1), metavar="N", help="only the first N examples")
+    for command in (tune, pretrain):
+        p[command].add_argument("--quiet", action="store_true", help="no progress bar")
+
+    p[demo].add_argument("--out", default="runs/demo", metavar="FOLDER", help="where adapters and the picture go (default: runs/demo)")
+    p[demo].add_argument("--quick", action="store_true", help="few steps and few items: whether it runs, not what it shows")
+
+    add = p[tune].add_argument
+    add("--method", choices=METHODS, default="loreft", help="default: loreft; full trains the base itself")
+    add("--out", required=True, metavar="FOLDER", help="for adapter.safetensors (or base/), log.jsonl and checkpoint.pt")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out, to the same bits as an uninterrupted run")
+    add("--rank", type=int, metavar="N", help="loreft, direft (default 4), lora (default 8)")
+    add("--layers", metavar="LIST", help="loreft, direft: all, or numbers from 0 such as 3,5 (default: all)")
+    add("--positions", metavar="WHERE", help="loreft, direft: which prompt tokens are edited, fN+lM (default: f7+l7)")
+    add("--untied", action="store_true", help="loreft, direft: separate weights for the first and the last tokens")
+    add("--sites", metavar="LIST", help="ia3 (default key,value,ffn), lora (default query,value; or all)")
+    add("--neftune", type=number(float, 0), metavar="ALPHA", help="noise on the embeddings while training; 5 is usual")
+    add("--steps", type=number(int, 1), default=200, metavar="N", help="default: 200")
+    add("--batch-size", type=number(int, 1), default=16, metavar="N", help="examples in a step (default: 16)")
+    add("--lr", type=number(float, 0, above=True), metavar="X", help="learning rate (default: what suits the shipped base)")
+    add("--seed", type=int, default=0, metavar="N", help="of the start, the order and the noise (default: 0)")
+
+    add = p[generate].add_argument
+    add("prompt", nargs="+", metavar="PROMPT", help="each in quotes")
+    add("--max-new-tokens", type=number(int, 1), default=64, metavar="N", help="default: 64")
+    add("--temperature", type=number(float, 0), default=0.0, metavar="X", help="0 takes the likeliest token (default)")
+    add("--top-p", type=number(float, 0, above=True), default=1.0, metavar="X", help="draw among the likeliest tokens that hold this share")
+    add("--seed", type=int, default=0, metavar="N", help="of the draw (default: 0)")
+
+    p[evaluate].add_argument("--split", default="test", metavar="NAME", help="train, validation or test (default)")
+
+    add = p[pretrain].add_argument
+    add("out", metavar="FOLDER", help="a new folder for the base")
+    add("--quick", action="store_true", help="a smaller one, in under ten minutes")
+    add("--seed", type=int, default=0, metavar="N", help="of the weights and the corpus (default: 0)")
+    add("--processes", type=number(int, 1), default=2, metavar="N", help="of one thread each (default: 2)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = build_parser().parse_args(argv)
+    args.argv = argv
+    warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
+    try:
+        args.run(args)
+        return 0
+    except KeyboardInterrupt as stop:
+        if os.environ.get("MINIREFT_DEBUG"):
+            raise
+        print(f"minireft: interrupted; {stop}" if str(stop) else "minireft: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("MINIREFT_DEBUG"):
+            raise
+        print(f"minireft: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
