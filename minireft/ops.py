@@ -178,7 +178,8 @@ def low_rank_edit_at_(h: Tensor, positions: Tensor, down: Tensor, up: Tensor, bi
     if library is None:
         _check_edit_at(h, positions, down, up, bias, tasks)
         return _plainly(reference.low_rank_edit_at_, h, positions, down, up, bias, tasks)
-    if tracked and h.requires_grad and h._is_view():       # copy_ knows the rules for views, before it writes
+    if tracked and h.requires_grad and not torch.compiler.is_compiling() and h._is_view():
+        # copy_ knows the rules for views, before it writes; a compiler has taken care of them
         return h.copy_(low_rank_edit_at(h, positions, down, up, bias, tasks))
     down, up, bias = _weights(h, down, up, bias)
     if tracked:

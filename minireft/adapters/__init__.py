@@ -29,11 +29,17 @@ def load_adapter(model, path, force: bool = False) -> Adapter:
     tensors, metadata = files.read_tensors(path)
     if metadata.get("format") != "minireft adapter" or metadata.get("kind") not in KINDS:
         raise ValueError(f"{path} holds no minireft adapter (its kind is {metadata.get('kind')!r}): expected a file that adapter.save() wrote")
-    base = json.loads(metadata["base"])
-    difference = same_base(base, fingerprint(model))
+    try:
+        base, options = json.loads(metadata["base"]), json.loads(metadata["options"])
+        difference = same_base(base, fingerprint(model))
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} says nothing readable of its base or options ({error!r}): fetch or write it again") from error
     if difference and not force:
         raise ValueError(f"{path} was made for another base: {difference}. Load that base, or pass force=True to try it here")
-    adapter = KINDS[metadata["kind"]].rebuild(model, json.loads(metadata["options"]))
+    try:
+        adapter = KINDS[metadata["kind"]].rebuild(model, options)
+    except TypeError as error:
+        raise ValueError(f"{path} has options that no {metadata['kind']} of this version knows ({error}): {options}") from error
     adapter.base = base
     expected = {name: tuple(p.shape) for name, p in adapter.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in tensors.items()}

@@ -62,7 +62,7 @@ class Bank(Adapter):
         return list(self.members)
 
     def attach(self):
-        if any(isinstance(other, Bank) for other in self.model.adapters):
+        if not self.attached and any(isinstance(other, Bank) for other in self.model.adapters):
             raise ValueError("another bank is attached: tasks would mean two things at once; detach it first")
         return super().attach()
 

@@ -127,9 +127,11 @@ def pick_layers(model: nn.Module, layers) -> list[int]:
     if layers == "all":
         return list(range(model.config.layers))
     try:
-        picked = [int(x) for x in (layers.split(",") if isinstance(layers, str) else layers if hasattr(layers, "__iter__") else [layers])]
+        picked = [layers] if isinstance(layers, int) else [int(x) for x in layers.split(",")] if isinstance(layers, str) else list(layers)
     except (TypeError, ValueError):
-        raise ValueError(f"layers are {layers!r}: expected 'all', a number, or a list such as '3,9,18'") from None
+        picked = [None]
+    if not all(type(layer) is int for layer in picked):
+        raise ValueError(f"layers are {layers!r}: expected 'all', a number, or a list such as '3,9,18'")
     wrong = [layer for layer in picked if not 0 <= layer < model.config.layers]
     if wrong or not picked or len(set(picked)) < len(picked):
         raise ValueError(f"layers are {layers!r}: expected distinct numbers from 0 to {model.config.layers - 1}")

@@ -50,12 +50,14 @@ class PlainEdit(Edit):
 
     def edit(self, h: Tensor, positions: Tensor, sets: Tensor | None, parts) -> Tensor:
         options, at = self.adapter.options, positions.clamp(min=0)[:, :, None].expand(-1, -1, h.shape[-1])     # (B, P, C)
-        rows = h.gather(1, at).float()                                    # (B, P, C)
+        rows = h.gather(1, at).to(parts[0].dtype)                         # (B, P, C)
         for k in range(parts[0].shape[1]):                                # one set, or prefix and suffix
             W, V, up, b = (part[self.slot, k] for part in parts)          # (r, C) three times, (r,)
-            source = F.linear(rows, W, b)                                 # (B, P, r)
-            source = ACTIVATIONS[options["activation"]](source) if options["activation"] else source
-            change = F.dropout((source - F.linear(rows, V)) @ up, options["dropout"], self.adapter.model.training)
+            if options["activation"]:
+                difference = ACTIVATIONS[options["activation"]](F.linear(rows, W, b)) - F.linear(rows, V)               # (B, P, r)
+            else:
+                difference = F.linear(rows, W - V, b)                     # exactly 0 where W = V and b = 0
+            change = F.dropout(difference @ up, options["dropout"], self.adapter.model.training)        # (B, P, C)
             mine = positions >= 0 if sets is None else (positions >= 0) & (sets == k)      # (B, P)
             h = h.scatter_add(1, at, (change * mine[:, :, None]).to(h.dtype))
         return h

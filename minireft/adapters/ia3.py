@@ -17,7 +17,11 @@ SITES = ("key", "value", "ffn", "query", "attention_output", "ffn_output")
 
 
 class Scale:
-    """l ⊙ (what stands at the site so far); on a pristine activation, one fused pass instead of two."""
+    """l ⊙ (what stands at the site so far); while training, on a pristine activation, one fused pass instead of two.
+
+    Evaluation takes the activation's own operation: there vectors of ones change no bit, which the fused one promises
+    within rounding only. For fast inference, merge.
+    """
 
     def __init__(self, adapter: IA3, site, layer: int, names: tuple[str, ...]):
         self.adapter, self.site, self.layer, self.names = adapter, site, layer, names
@@ -28,7 +32,7 @@ class Scale:
         if "key" in ls or "value" in ls:
             return lambda k, v: keys_values(*operation(k, v), ls.get("key"), ls.get("value"), tasks)
         (l,) = ls.values()
-        if "ffn" in ls and self.site.edits[0] is self:
+        if "ffn" in ls and self.site.training and self.site.edits[0] is self:
             if self.site.kind == "swiglu":
                 return lambda gate, up: ops.swiglu_scale(gate, up, l, tasks)
             approximate = "tanh" if self.site.kind == "gelu_tanh" else "none"
