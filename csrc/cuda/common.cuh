@@ -165,22 +165,23 @@ DEVICE void scatter_sum(float (&v)[ALLOCATED]) {
   }
 }
 
-DEVICE int64_t at(const Index& index, int64_t b, int64_t p) {
-  return load(index.data + b * index.stride_b + p * index.stride_p);
+DEVICE int64_t at(const Index& index, int64_t b, int64_t p SITE) {
+  return load(index.data + b * index.stride_b + p * index.stride_p AT);
 }
 
-// out[k, i] = Σ over s < count of partial[s, i], of the s whose batch row s / per_row has task k (all, without tasks).
+// out[k, i] = Σ over s < count of partial[s · stride + i], of the s whose batch row s / per_row has task k (all, without
+// tasks).
 // A block sums 32 · E columns, warp w the s = w, w + 8, …; the warps' sums are added in order.
 template <class O, int E>
 __global__ void __launch_bounds__(THREADS)
-    sum_partials(const float* partial, int64_t count, int64_t width, O* out, Index tasks, int64_t per_row) {
+    sum_partials(const float* partial, int64_t count, int64_t stride, int64_t width, O* out, Index tasks, int64_t per_row) {
   SHARED(float, sums, WARPS * 32 * E);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t i = (int64_t(blockIdx.x) * 32 + lane) * E;
   Floats<E> sum = all<E>(0);
   for (int64_t s = warp; s < count; s += WARPS) {
     if (i >= width || (tasks.data && at(tasks, s / per_row, 0) != blockIdx.y)) continue;
-    Floats<E> x = widen(load<E>(partial + s * width + i));
+    Floats<E> x = widen(load<E>(partial + s * stride + i));
     UNROLL for (int e = 0; e < E; e++) sum.at[e] += x.at[e];
   }
   store(sums + threadIdx.x * E, narrow<float>(sum));
@@ -191,15 +192,6 @@ __global__ void __launch_bounds__(THREADS)
     UNROLL for (int e = 0; e < E; e++) sum.at[e] += x.at[e];
   }
   store(out + blockIdx.y * width + i, narrow<O>(sum));
-}
-
-template <class O>
-const char* launch_sum_partials(const float* partial, int64_t count, int64_t width, O* out, int64_t K, Index tasks,
-                                int64_t per_row, void* stream) {
-  const bool wide = width % 4 == 0 && reinterpret_cast<uintptr_t>(out) % (4 * sizeof(O)) == 0;
-  const dim3 grid((width + (wide ? 128 : 32) - 1) / (wide ? 128 : 32), K);
-  if (wide) return LAUNCH((sum_partials<O, 4>), grid, THREADS, 0, stream, partial, count, width, out, tasks, per_row);
-  return LAUNCH((sum_partials<O, 1>), grid, THREADS, 0, stream, partial, count, width, out, tasks, per_row);
 }
 
 // ---- choices a launcher makes --------------------------------------------------------------------------------------
@@ -224,6 +216,15 @@ bool aligned(const Stream& s) {
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class O>
+const char* launch_sum_partials(const float* partial, int64_t count, int64_t stride, int64_t width, O* out, int64_t K,
+                                Index tasks, int64_t per_row, void* stream) {
+  const bool wide = width % 4 == 0 && aligned(partial, stride * 4) && reinterpret_cast<uintptr_t>(out) % (4 * sizeof(O)) == 0;
+  const dim3 grid((width + (wide ? 128 : 32) - 1) / (wide ? 128 : 32), K);
+  if (wide) return LAUNCH((sum_partials<O, 4>), grid, THREADS, 0, stream, partial, count, stride, width, out, tasks, per_row);
+  return LAUNCH((sum_partials<O, 1>), grid, THREADS, 0, stream, partial, count, stride, width, out, tasks, per_row);
+}
 
 // Bytes of L2, which decides how many rows a backward pass takes at a time; without a GPU, an RTX 3060's.
 inline int64_t l2_size() {

@@ -71,28 +71,37 @@ __global__ void __launch_bounds__(THREADS) noisy_rows(Noise a, NoiseForward f) {
   }
 }
 
-// A block's 8 warps take 8 places in the sorted order; a warp whose place starts a run sums the run over 32 · V columns.
+// A block's 8 warps take 8 places in the sorted order; a warp whose place starts a run sums the run, over SPAN · 32 · V
+// columns, so that reading the order and the ids is little beside reading g.
+constexpr int SPAN = 4;
+
 template <class T, int V>
 __global__ void __launch_bounds__(THREADS) sum_runs(Noise a, NoiseBackward f) {
-  const int64_t N = a.B * a.T, across = (a.C + 32 * V - 1) / (32 * V);
+  const int64_t N = a.B * a.T, columns = SPAN * 32 * V, across = (a.C + columns - 1) / columns;
   int64_t i = blockIdx.x / across * WARPS + threadIdx.x / 32;
-  const int64_t c = blockIdx.x % across * 32 * V + threadIdx.x % 32 * V;
+  const int64_t c0 = blockIdx.x % across * columns + threadIdx.x % 32 * V;
   if (i >= N) return;
   auto id_of = [&](int64_t n) { return at(a.ids, uint32_t(n) / uint32_t(a.T), uint32_t(n) % uint32_t(a.T)); };
   int64_t n = load(f.order + i);
   const int64_t id = id_of(n);
   if (id < 0 || id >= a.V || (i > 0 && id_of(load(f.order + i - 1)) == id)) return;
-  Floats<V> sum = all<V>(0);
+  Floats<V> sum[SPAN];
+  UNROLL for (int s = 0; s < SPAN; s++) sum[s] = all<V>(0);
   for (bool more = true; more;) {
     const int64_t b = uint32_t(n) / uint32_t(a.T), t = n - b * a.T;
-    if (c < a.C) {
-      const Floats<V> g = widen(load<V>(static_cast<const T*>(f.g.data) + b * f.g.batch_stride + t * f.g.token_stride + c));
-      UNROLL for (int v = 0; v < V; v++) sum.at[v] += g.at[v];
+    const T* g = static_cast<const T*>(f.g.data) + b * f.g.batch_stride + t * f.g.token_stride;
+    UNROLL for (int s = 0; s < SPAN; s++) {
+      const int64_t c = c0 + s * 32 * V;
+      const Floats<V> x = c < a.C ? widen(load<V>(g + c)) : all<V>(0);
+      UNROLL for (int v = 0; v < V; v++) sum[s].at[v] += x.at[v];
     }
     more = ++i < N;
     if (more) n = load(f.order + i), more = id_of(n) == id;
   }
-  if (c < a.C) store(static_cast<T*>(f.dweight) + id * a.C + c, narrow<T>(sum));
+  UNROLL for (int s = 0; s < SPAN; s++) {
+    const int64_t c = c0 + s * 32 * V;
+    if (c < a.C) store(static_cast<T*>(f.dweight) + id * a.C + c, narrow<T>(sum[s]));
+  }
 }
 
 const char* too_large(const Noise& a) {
@@ -123,7 +132,7 @@ const char* noisy_embedding_backward(const Noise& a, const NoiseBackward& f, voi
   return by_dtype(a.dtype, a.dtype, [&](auto t, auto) -> const char* {
     using T = decltype(t);
     const bool vectors = aligned<T>(f.g) && aligned(f.dweight, a.C * sizeof(T));
-    const dim3 grid(ceil_div(a.C, 32 * (vectors ? fast<T> : 1)) * ceil_div(a.B * a.T, WARPS));
+    const dim3 grid(ceil_div(a.C, SPAN * 32 * (vectors ? fast<T> : 1)) * ceil_div(a.B * a.T, WARPS));
     if (vectors) return LAUNCH((sum_runs<T, fast<T>>), grid, THREADS, 0, stream, a, f);
     return LAUNCH((sum_runs<T, 1>), grid, THREADS, 0, stream, a, f);
   });

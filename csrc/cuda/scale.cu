@@ -220,7 +220,7 @@ const char* scale_backward(const Scale& s, const ScaleBackward* f, int count, vo
   return by_dtype(s.dtype, s.weight_dtype, [&](auto, auto w) -> const char* {
     for (int i = 0; i < count; i++)
       if (f[i].dl && f[i].C > 0)
-        TRY(launch_sum_partials(a.of[i].dl, tiles_of(a), f[i].C, static_cast<decltype(w)*>(f[i].dl), s.tasks.data ? s.K : 1,
+        TRY(launch_sum_partials(a.of[i].dl, tiles_of(a), f[i].C, f[i].C, static_cast<decltype(w)*>(f[i].dl), s.tasks.data ? s.K : 1,
                                 s.tasks, larger(a.tiles, 1), stream));
     return nullptr;
   });

@@ -22,7 +22,7 @@ class Cache {
  public:
   int64_t capacity = 3 << 20, read = 0, written = 0;  // bytes; the default is an RTX 3060's L2
 
-  void access(uint64_t sector, bool store) {
+  bool access(uint64_t sector, bool store) {  // → did it have to be read from memory
     auto [it, missed] = where.try_emplace(sector, 0);
     if (missed) {
       if (!store) read += SECTOR;
@@ -34,6 +34,7 @@ class Cache {
       entries[it->second].dirty |= store;
     }
     push_front(it->second);
+    return missed && !store;
   }
 
   int64_t moved() const {  // with what is still to be written back
@@ -79,11 +80,11 @@ struct Access {  // one lane's part of one instruction
   int line;
   bool store, shared;
   uintptr_t address;
-  int bytes;
+  int bytes, lane;
 };
 
 struct Site {  // one source line's loads or stores, over all warps
-  int64_t instructions = 0, bytes = 0, sectors = 0, full = 0, conflicts = 0;
+  int64_t instructions = 0, bytes = 0, sectors = 0, fetched = 0, full = 0, conflicts = 0;
 };
 
 struct Kernel {
@@ -102,11 +103,11 @@ inline void count_instruction(const std::vector<const Access*>& lanes) {
   Site& site = kernel->sites[{first.file, first.line, first.store, first.shared}];
   site.instructions++;
   if (first.shared) {  // 4 bytes a lane go in one pass, 8 in two, 16 in four; in a pass a bank gives one word
-    size_t group = 32 * 4 / std::max(first.bytes, 4);
-    for (size_t start = 0; start < lanes.size(); start += group) {
+    int group = 32 * 4 / std::max(first.bytes, 4);
+    for (size_t i = 0; i < lanes.size();) {
       std::vector<uintptr_t> words[BANKS];
       size_t passes = 1;
-      for (size_t i = start; i < std::min(lanes.size(), start + group); i++)
+      for (int pass = lanes[i]->lane / group; i < lanes.size() && lanes[i]->lane / group == pass; i++)
         for (uintptr_t w = lanes[i]->address / 4; w <= (lanes[i]->address + first.bytes - 1) / 4; w++) {
           auto& bank = words[w % BANKS];
           if (std::find(bank.begin(), bank.end(), w) == bank.end()) bank.push_back(w);
@@ -128,7 +129,8 @@ inline void count_instruction(const std::vector<const Access*>& lanes) {
       uint32_t mask = 0;
       uint64_t sector = touched[i].first;
       for (; i < touched.size() && touched[i].first == sector; i++) mask |= touched[i].second;
-      sectors++, distinct += __builtin_popcount(mask), l2.access(sector, first.store);
+      sectors++, distinct += __builtin_popcount(mask);
+      site.fetched += l2.access(sector, first.store);
     }
     site.bytes += distinct, site.sectors += sectors;
     // Fully coalesced: 16 bytes a lane, and no more sectors than the bytes need.
@@ -178,7 +180,7 @@ inline std::string report() {
       auto& [file, line, store, shared] = where;
       out += std::string(out.back() == '[' ? "" : ", ") + "{\"file\": \"" + file + "\", " + number("line", line) +
              ", " + number("store", store) + ", " + number("shared", shared) + ", " + number("instructions", s.instructions) +
-             ", " + number("bytes", s.bytes) + ", " + number("sectors", s.sectors) + ", " + number("full", s.full) + ", " +
+             ", " + number("bytes", s.bytes) + ", " + number("sectors", s.sectors) + ", " + number("fetched", s.fetched) + ", " + number("full", s.full) + ", " +
              number("conflicts", s.conflicts) + "}";
     }
     out += "]}";

@@ -164,7 +164,7 @@ inline void touch(const void* p, int bytes, bool store, const char* file, int li
     shared |= address >= start && address < start + s.bytes;
   }
   int id = block.current->id;
-  block.warps[id / WARP].log[id % WARP].push_back({file, line, store, shared, address, bytes});
+  block.warps[id / WARP].log[id % WARP].push_back({file, line, store, shared, address, bytes, id % WARP});
 }
 
 inline void run_block() {
