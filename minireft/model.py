@@ -346,6 +346,8 @@ class Model(nn.Module):
         for name, value, shape in (("mask", mask, (B, T)), ("prompt_lengths", prompt_lengths, (B,)), ("tasks", tasks, (B,))):
             if value is not None and value.shape != shape:
                 raise ValueError(f"{name} has shape {tuple(value.shape)}: expected {shape} beside tokens {(B, T)}")
+        if tasks is not None and not self.adapters:
+            raise ValueError("tasks are given, and nothing is attached that reads them: attach the bank first")
         if mask is not None and mask.dtype != torch.bool:
             raise ValueError(f"mask is {mask.dtype}: expected torch.bool, True = real token")
         total = T + (cache.length if cache else 0)

@@ -22,6 +22,7 @@ class Positions:
     all: bool = False
     generated: bool = False
     listed: tuple[int, ...] = ()        # indices of real prompt tokens, negative ones from the end; beyond the prompt: no edit
+    strict: bool = False                # a prompt too short for what is asked is an error, not a case for the rule below
 
     @classmethod
     def parse(cls, text) -> Positions:
@@ -85,9 +86,32 @@ class Positions:
         (front, back), (front2, back2) = ends(self), ends(other)
         return bool(self.all or other.all or front & front2 or back & back2 or front and back2 or back and front2)
 
+    def find(self, tokens: Tensor, mask: Tensor | None, prompt_lengths: Tensor | None) -> Tensor:
+        """`indices` in a batch of `Model.forward`: (B, P)."""
+        start, lengths = prompt_span(tokens, mask, None if self.generated else prompt_lengths)          # two of (B,)
+        return self.indices(start, lengths, tokens.shape[1])
+
+    @property
+    def least(self) -> int:
+        """How many tokens must be found in every prompt: under the strict rule all that are asked for, otherwise 0."""
+        return (self.first + self.last + len(self.listed)) * self.strict
+
     def groups(self, device=None) -> Tensor:
         """Which set of untied parameters each slot uses: 0 for the prefix, 1 for the suffix. (P,)"""
         return (torch.arange(self.first + self.last, device=device) >= self.first).long()
+
+
+def demand(positions: Tensor, least: int | Tensor) -> None:
+    """The strict rule: ValueError where a row of positions (B, P) holds fewer than `least`, a number or (B,). The prompts
+    must be looked at, so on a GPU it waits for them; inside torch.compile nothing can be looked at, and nothing is checked."""
+    if torch.compiler.is_compiling() or isinstance(least, int) and least == 0:
+        return
+    found = (positions >= 0).sum(1)                                       # (B,)
+    if (found < least).any():
+        row = int((found < least).nonzero()[0])
+        wanted = least if isinstance(least, int) else int(least[row])
+        raise ValueError(f"the prompt in row {row} is too short for its positions: {int(found[row])} of {wanted} can be edited, and "
+                         "strict=True demands all; ask for fewer, leave the row out, or set strict=False for the short-prompt rule")
 
 
 def prompt_span(tokens: Tensor, mask: Tensor | None, prompt_lengths: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from . import files
-from .adapters import Adapter, fingerprint, task_ids
+from .adapters import Adapter, Bank, fingerprint, task_ids
 from .data import Encoded, Example, collate, encode, order
 from .losses import cross_entropy
 from .model import Model
@@ -134,6 +134,8 @@ def train(model: Model, adapters: list[Adapter] = (), examples: list[Example] = 
     checkpoint = Checkpoint(out, model, adapters, config, rows) if out else None
     with prepared(model, adapters, config):
         task_ids(model, [row.task for row in rows])                       # an unknown task is an error before the first step
+        if any(isinstance(adapter, Bank) for adapter in adapters) and not all(row.task for row in rows):
+            raise ValueError("a bank is to be trained, and some examples name no task: give each Example its task=...")
         optimizer = make_optimizer(config, trained)
         first = checkpoint.begin(optimizer, resume) if checkpoint else 0
         team.start_equal(trained)

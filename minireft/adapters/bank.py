@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..positions import demand
 from .base import LINEARS, Adapter
 from .edits import Edit, PlainEdit, Prepared
 from .ia3 import IA3, scales
@@ -41,7 +42,14 @@ class Bank(Adapter):
         self.names, self.kind = tuple(adapters), kind
         self.members = nn.ModuleList(members)
         self.layers = sorted({layer for m in members for layer in m.layers}) if kind is ReFT else None
-        if kind is not ReFT:                                              # the vectors or Linears that any member has
+        if kind is ReFT:                                                  # rules of place, and whose is which
+            self.rules = list(dict.fromkeys((m.where, m.tied) for m in members))
+            sizes = [1 if m.tied else 2 for m in members]                 # sets of weights
+            for name, numbers in (("rule", [self.rules.index((m.where, m.tied)) for m in members]),
+                                  ("least", [m.where.least for m in members]),
+                                  ("first_set", [sum(sizes[:i]) for i in range(len(members))])):
+                self.register_buffer(name, torch.tensor(numbers, device=self.model.embed.weight.device), persistent=False)
+        else:                                                             # the vectors or Linears that any member has
             known = dict.fromkeys(name for m in members for name in (m.sites if kind is LoRA else dict(m.named_parameters())))
             self.sites = list(known)
 
@@ -82,20 +90,23 @@ class Bank(Adapter):
                 raise ValueError(f"tasks are {tasks.tolist()}: expected ids from −1 to {len(self.members) - 1}; bank.ids() makes them")
         if self.kind is not ReFT:
             return self.ready(self.vectors if self.kind is IA3 else self.factors), tasks
-        each = [m.prepare(tokens, mask, prompt_lengths, None, past) for m in self.members]
-        if not any(each):
+        return self.places_of_rows(tokens, mask, prompt_lengths, tasks, past)
+
+    def places_of_rows(self, tokens, mask, prompt_lengths, tasks, past) -> Prepared | None:
+        """Every row's positions and sets by the rules of its own member; a rule that several members share is read once."""
+        if past and not any(where.generated for where, _ in self.rules):
             return None
-        P = max(p.positions.shape[1] for p in each if p)
-        none, offset, positions, sets = tokens.new_full((tokens.shape[0], P), -1), 0, [], []
-        for member, prepared in zip(self.members, each):
-            at = none if prepared is None else F.pad(prepared.positions, (0, P - prepared.positions.shape[1]), value=-1)
-            own = 0 if prepared is None or prepared.sets is None else F.pad(prepared.sets, (0, P - prepared.sets.shape[1]))
-            positions.append(at)                                          # (B, P)
-            sets.append(torch.where(at < 0, -1, own + offset))            # (B, P)
-            offset += 1 if member.tied else 2
-        row, task = torch.arange(len(tasks), device=tasks.device), tasks.clamp(min=0)                   # (B,) both
-        chosen = [torch.where(tasks[:, None] < 0, -1, torch.stack(x)[task, row]) for x in (positions, sets)]   # (M, B, P) → (B, P)
-        return Prepared(*chosen, self.ready(self.weights))
+        none, found = tokens.new_full((tokens.shape[0], 0), -1), []
+        for where, tied in self.rules:
+            at = none if past and not where.generated else where.find(tokens, mask, prompt_lengths)     # (B, P of this rule)
+            found.append((at, torch.zeros_like(at) if tied else where.groups(tokens.device).expand_as(at)))
+        P, row, task = max(at.shape[1] for at, _ in found), torch.arange(tokens.shape[0], device=tokens.device), tasks.clamp(min=0)
+        each = ([F.pad(x, (0, P - x.shape[1]), value=-1) for x in xs] for xs in zip(*found))
+        positions, group = (torch.stack(xs)[self.rule[task], row] for xs in each)          # (B, P) both
+        positions = torch.where(tasks[:, None] < 0, -1, positions)
+        if not past and any(where.strict for where, _ in self.rules):
+            demand(positions, torch.where(tasks < 0, 0, self.least[task]))
+        return Prepared(positions, torch.where(positions < 0, -1, self.first_set[task][:, None] + group), self.ready(self.weights))
 
     # -- the members' weights, padded and stacked
 
@@ -107,7 +118,8 @@ class Bank(Adapter):
             for stack, w, tail in zip(stacks, m.weights(), ((0, 0), (0, 0), ())):
                 w = F.pad(w, (*tail, 0, r - w.shape[2]))                  # (S_m, K_m, r[, C])
                 stack.append(w.new_zeros(S, *w.shape[1:]).index_copy(0, slots, w))
-        return tuple(torch.cat(stack, 1) for stack in stacks)
+        down, up, bias = (torch.cat(stack, 1) for stack in stacks)
+        return down, up if self.strength == 1.0 else up * self.strength, bias
 
     def vectors(self) -> dict:
         """(IA)³: {site: (L, M, width)}, ones where a member has no vector."""

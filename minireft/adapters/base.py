@@ -68,6 +68,8 @@ class Adapter(nn.Module):
             raise ValueError(f"this {type(self).__name__} is attached already: detach it first")
         for mine, other in itertools.product(self.standing(), self.model.adapters):
             for theirs in other.standing():
+                if mine is theirs:
+                    raise ValueError(f"this {type(mine).__name__} stands in a bank that is attached: it would work twice")
                 mine.refuse(theirs)
         for site, edit in self.edits():
             site.edits.append(edit)
@@ -108,7 +110,7 @@ class Adapter(nn.Module):
         """compute(), once a pass while gradients are wanted, otherwise once until a parameter or a strength changes."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return compute()
-        source = [adapter.strength for adapter in self.standing()]
+        source = [adapter.strength for adapter in (self, *self.standing())]
         source += [(tensor.data_ptr(), tensor._version) for tensor in itertools.chain(self.parameters(), self.buffers())]
         if self._ready[0] != source:
             self._ready = (source, compute())

@@ -22,10 +22,9 @@ class Subspace(ReFT):
     """
 
     def __init__(self, parent: LoReFT, directions):
-        directions = list(directions)
-        rank = parent.options["rank"]
         if not isinstance(parent, LoReFT):
             raise ValueError(f"a {type(parent).__name__} has no orthonormal R to slice: expected a LoReFT")
+        directions, rank = list(directions), parent.options["rank"]
         if not directions or len(set(directions)) < len(directions) or not all(0 <= d < rank for d in directions):
             raise ValueError(f"directions are {directions}: expected distinct numbers from 0 to {rank - 1}, the parent's rank being {rank}")
         super().__init__(parent.model, **{**parent.options, "rank": len(directions)})

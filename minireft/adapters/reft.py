@@ -6,10 +6,12 @@ See:  LoReFT and DiReFT are one line each, the parts W, V, U, b of   h ← h + U
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from ..positions import Positions, prompt_span
+from ..positions import Positions, demand
 from .base import LINEARS, Adapter, pick_layers
 from .edits import ACTIVATIONS, Edit, PlainEdit, Prepared
 from .orthonormal import orthonormalise
@@ -23,17 +25,18 @@ class ReFT(Adapter):
     rank r, 1 to C; layers "all" or numbers from 0; positions 'fN', 'lN', 'fN+lM', 'all', 'all+generated' or indices (see
     positions.py); tied: one Φ for prefix and suffix, or one each; init "identity" (the model is unchanged at the start
     where the variant allows it) or "paper" (as the authors' code draws it); dropout on the edit while training;
-    activation on W h + b, a name in edits.py. Parameters are fp32 and stacked: (S, K, r, C) for S sites, K = 1 tied, 2
-    untied. `strength` scales the edit at inference. Raises ValueError for values out of range.
+    activation on W h + b, a name in edits.py; strict: a prompt too short for its positions is a ValueError and not
+    shared out between them. Parameters are fp32 and stacked: (S, K, r, C) for S sites, K = 1 tied, 2 untied. `strength`
+    scales the edit at inference. Raises ValueError for values out of range.
     """
 
     def __init__(self, model, rank: int = 4, layers="all", positions="f7+l7", tied: bool = True, init: str = "identity",
-                 site: str = "output", dropout: float = 0.0, activation: str | None = None):
+                 site: str = "output", dropout: float = 0.0, activation: str | None = None, strict: bool = False):
         if site not in SITES:
             raise ValueError(f"site is {site!r}: expected one of {', '.join(SITES)}")
         if site == "embed" and layers != "all" and layers != [0]:
             raise ValueError(f"layers are {layers!r}: the embedding has none; leave them at 'all'")
-        layers, where = [0] if site == "embed" else pick_layers(model, layers), Positions.parse(positions)
+        layers, where = [0] if site == "embed" else pick_layers(model, layers), replace(Positions.parse(positions), strict=strict)
         attention = model.blocks[0].attention
         C = getattr(attention, site).weight.shape[0] if site in ("query", "key", "value") else model.config.width
         if not isinstance(rank, int) or not 1 <= rank <= C:
@@ -47,7 +50,7 @@ class ReFT(Adapter):
         if activation is not None and activation not in ACTIVATIONS:
             raise ValueError(f"activation is {activation!r}: expected None or one of {', '.join(ACTIVATIONS)}")
         super().__init__(model, rank=rank, layers=layers, positions=str(where), tied=tied, init=init, site=site,
-                         dropout=dropout, activation=activation)
+                         dropout=dropout, activation=activation, strict=strict)
         self.layers, self.where, self.tied, self.site = layers, where, tied, site
         self.edit = PlainEdit if dropout or activation else Edit
         self.start(len(layers), 1 if tied else 2, rank, C, paper=init == "paper")
@@ -81,8 +84,8 @@ class ReFT(Adapter):
     def prepare(self, tokens, mask, prompt_lengths, tasks, past):
         if past and not self.where.generated:
             return None
-        start, lengths = prompt_span(tokens, mask, None if self.where.generated else prompt_lengths)    # two of (B,)
-        positions = self.where.indices(start, lengths, tokens.shape[1])   # (B, P)
+        positions = self.where.find(tokens, mask, prompt_lengths)         # (B, P)
+        demand(positions, self.where.least)
         sets = None if self.tied else self.where.groups(tokens.device).expand_as(positions)  # (B, P)
         return Prepared(positions, sets, self.ready(self.weights))
 
