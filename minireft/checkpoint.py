@@ -13,29 +13,36 @@ from pathlib import Path
 import torch
 
 from . import files
+from .formats import huggingface, llama2c
 from .model import Model, ModelConfig
 from .tokenizer import Tokenizer
 
 ASSETS = Path(__file__).parent / "assets"
+HUGGING_FACE = "a folder of Hugging Face's"
 
 
 def load(path="base", device=None, dtype=None):
-    """(model, tokenizer) from "base" or a folder; evaluation mode, gradients off until someone trains it.
+    """(model, tokenizer) from "base", a folder of ours or Hugging Face's, or a llama2.c .bin; evaluation mode, gradients
+    off until someone trains it.
 
     device: where the model goes (None: the CPU); dtype: of its weights (None: float32). Raises FileNotFoundError, or
     ValueError for a folder that is damaged or foreign.
     """
     folder = ASSETS if str(path) == "base" else Path(path)
+    if folder.suffix == ".bin" and folder.is_file():
+        return llama2c.load(folder, device, dtype)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"there is no base at {folder}: expected 'base' or a folder with config.json and model.safetensors")
     try:
         settings = json.loads((folder / "config.json").read_text())
-        kind = settings.pop("format")
+        kind = settings.pop("format", HUGGING_FACE if "model_type" in settings else None)
         config = ModelConfig(**settings) if kind == "minireft base" else None
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / 'config.json'} does not describe a minireft base ({error}): fetch or write the folder again") from error
+    if kind == HUGGING_FACE:
+        return huggingface.load(folder, settings, device, dtype)
     if config is None:
-        raise ValueError(f"{folder / 'config.json'} has format {kind!r}: expected 'minireft base'")
+        raise ValueError(f"{folder / 'config.json'} has format {kind!r}: expected 'minireft base', or a model_type of Hugging Face's")
     with torch.device("meta"):
         model = Model(config)
     tensors, _ = files.read_tensors(folder / "model.safetensors")

@@ -1,0 +1,275 @@
+"""Other programs' files: bases of Hugging Face and llama2.c, adapters of pyreft and PEFT, there and back, and what is refused.
+
+Use:  pytest tests/test_formats.py;   make peers-pyreft holds the same files against the programs that they come from
+See:  files are written here tensor by tensor, by the formats' own rules, and the logits are those of tests/plain.py.
+"""
+
+import json
+import re
+import shutil
+import struct
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import minireft
+import plain
+import small
+from minireft.formats import huggingface, llama2c, pyreft
+
+LLAMA = {"model_type": "llama", "vocab_size": 29, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "intermediate_size": 20, "max_position_embeddings": 24, "rms_norm_eps": 1e-5, "rope_theta": 500.0,
+         "tie_word_embeddings": False, "hidden_act": "silu"}
+IDS = (3, 17, 5, 28, 9, 9, 4)
+GPT2 = {"model_type": "gpt2", "vocab_size": 29, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 24}
+
+
+def draw(*shape, seed=[0]):
+    seed[0] += 1
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed[0])) * 0.3
+
+
+def llama_tensors(c: dict, bias: bool = False) -> dict:
+    """What a Llama folder of this configuration holds, written out by hand."""
+    C, F, D = c["hidden_size"], c["intermediate_size"], c["hidden_size"] // c["num_attention_heads"]
+    G = c["num_key_value_heads"] * D
+    tensors = {"model.embed_tokens.weight": draw(c["vocab_size"], C), "model.norm.weight": 1 + draw(C)}
+    if not c["tie_word_embeddings"]:
+        tensors["lm_head.weight"] = draw(c["vocab_size"], C)
+    for i in range(c["num_hidden_layers"]):
+        at = f"model.layers.{i}."
+        tensors |= {at + "input_layernorm.weight": 1 + draw(C), at + "post_attention_layernorm.weight": 1 + draw(C),
+                    at + "self_attn.q_proj.weight": draw(C, C), at + "self_attn.k_proj.weight": draw(G, C),
+                    at + "self_attn.v_proj.weight": draw(G, C), at + "self_attn.o_proj.weight": draw(C, C),
+                    at + "mlp.gate_proj.weight": draw(F, C), at + "mlp.up_proj.weight": draw(F, C), at + "mlp.down_proj.weight": draw(C, F)}
+        if bias:
+            tensors |= {at + "self_attn.q_proj.bias": draw(C), at + "self_attn.k_proj.bias": draw(G), at + "self_attn.v_proj.bias": draw(G)}
+    return tensors
+
+
+def gpt2_tensors(c: dict, prefix: str = "transformer.") -> dict:
+    C = c["n_embd"]
+    tensors = {"wte.weight": draw(c["vocab_size"], C), "wpe.weight": draw(c["n_positions"], C), "ln_f.weight": 1 + draw(C), "ln_f.bias": draw(C)}
+    for i in range(c["n_layer"]):
+        for name, shape in (("attn.c_attn", (C, 3 * C)), ("attn.c_proj", (C, C)), ("mlp.c_fc", (C, 4 * C)), ("mlp.c_proj", (4 * C, C))):
+            tensors |= {f"h.{i}.{name}.weight": draw(*shape), f"h.{i}.{name}.bias": draw(shape[1])}
+        for name in ("ln_1", "ln_2"):
+            tensors |= {f"h.{i}.{name}.weight": 1 + draw(C), f"h.{i}.{name}.bias": draw(C)}
+        tensors[f"h.{i}.attn.bias"] = torch.ones(1, 1, 24, 24)            # the causal mask, which old files carry
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def write(folder, config: dict, tensors: dict, shards: int = 1):
+    folder.mkdir(exist_ok=True, parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors")
+        return folder
+    names, index = sorted(tensors), {}
+    for i in range(shards):
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        save_file({name: tensors[name] for name in names[i::shards]}, folder / file)
+        index |= dict.fromkeys(names[i::shards], file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return folder
+
+
+def agree(model):
+    """The model's logits, held against the plain transformer's on the same weights."""
+    logits = model(torch.tensor([IDS]))[0].double().numpy()
+    assert np.abs(logits - plain.logits(model, list(IDS))).max() < 1e-4
+    return logits
+
+
+# ------------------------------------------------------------------------------------------------- Hugging Face, reading
+
+def hand_written_llama(c: dict, w: dict, ids) -> np.ndarray:
+    """Llama from its own tensors, in float64 and with its own rotate_half: shares nothing with what is tested."""
+    w = {name: t.double().numpy() for name, t in w.items()}
+    H, G, C = c["num_attention_heads"], c["num_key_value_heads"], c["hidden_size"]
+    D, T = C // H, len(ids)
+    h = w["model.embed_tokens.weight"][list(ids)]
+    angle = np.outer(np.arange(T), c["rope_theta"] ** (-np.arange(0, D, 2) / D))
+    cos, sin = np.cos(np.hstack([angle, angle])), np.sin(np.hstack([angle, angle]))          # (T, D)
+
+    def norm(x, weight):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + c["rms_norm_eps"]) * weight
+
+    def turned(x):
+        return x * cos + np.hstack([-x[:, D // 2:], x[:, : D // 2]]) * sin
+    for i in range(c["num_hidden_layers"]):
+        at = f"model.layers.{i}."
+        x = norm(h, w[at + "input_layernorm.weight"])
+        q, k, v = (x @ w[f"{at}self_attn.{name}_proj.weight"].T + w.get(f"{at}self_attn.{name}_proj.bias", 0) for name in "qkv")
+        heads = []
+        for j in range(H):
+            g = j // (H // G)
+            scores = turned(q[:, j * D:(j + 1) * D]) @ turned(k[:, g * D:(g + 1) * D]).T / D**0.5
+            scores = np.exp(np.where(np.tri(T, dtype=bool), scores, -np.inf))
+            heads.append(scores / scores.sum(-1, keepdims=True) @ v[:, g * D:(g + 1) * D])
+        h = h + np.hstack(heads) @ w[at + "self_attn.o_proj.weight"].T
+        x = norm(h, w[at + "post_attention_layernorm.weight"])
+        gate = x @ w[at + "mlp.gate_proj.weight"].T
+        h = h + (gate / (1 + np.exp(-gate)) * (x @ w[at + "mlp.up_proj.weight"].T)) @ w[at + "mlp.down_proj.weight"].T
+    return norm(h, w["model.norm.weight"]) @ w.get("lm_head.weight", w["model.embed_tokens.weight"]).T
+
+
+def hand_written_gpt2(c: dict, w: dict, ids) -> np.ndarray:
+    w = {name: t.double().numpy() for name, t in w.items()}
+    C, H, T = c["n_embd"], c["n_head"], len(ids)
+    h = w["wte.weight"][list(ids)] + w["wpe.weight"][:T]
+
+    def norm(x, name):
+        x = x - x.mean(-1, keepdims=True)
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * w[name + ".weight"] + w[name + ".bias"]
+    for i in range(c["n_layer"]):
+        qkv = norm(h, f"h.{i}.ln_1") @ w[f"h.{i}.attn.c_attn.weight"] + w[f"h.{i}.attn.c_attn.bias"]
+        q, k, v = (part.reshape(T, H, -1).transpose(1, 0, 2) for part in np.split(qkv, 3, axis=1))
+        scores = np.exp(np.where(np.tri(T, dtype=bool), q @ k.transpose(0, 2, 1) / (C // H) ** 0.5, -np.inf))
+        mixed = (scores / scores.sum(-1, keepdims=True) @ v).transpose(1, 0, 2).reshape(T, C)
+        h = h + mixed @ w[f"h.{i}.attn.c_proj.weight"] + w[f"h.{i}.attn.c_proj.bias"]
+        u = norm(h, f"h.{i}.ln_2") @ w[f"h.{i}.mlp.c_fc.weight"] + w[f"h.{i}.mlp.c_fc.bias"]
+        u = 0.5 * u * (1 + np.tanh((2 / np.pi) ** 0.5 * (u + 0.044715 * u**3)))
+        h = h + u @ w[f"h.{i}.mlp.c_proj.weight"] + w[f"h.{i}.mlp.c_proj.bias"]
+    return norm(h, "ln_f") @ w["wte.weight"].T
+
+
+@pytest.mark.parametrize("shards", (1, 3))
+@pytest.mark.parametrize("changes", ({}, {"tie_word_embeddings": True}, {"num_key_value_heads": 4, "rope_theta": 1e4},
+                                     {"model_type": "mistral", "sliding_window": None}, {"model_type": "qwen2"}), ids=str)
+def test_the_llama_family(tmp_path, changes, shards):
+    config = {**LLAMA, **changes}
+    tensors = llama_tensors(config, bias=config["model_type"] == "qwen2")
+    model, tokenizer = minireft.load(write(tmp_path, config, tensors, shards))
+    logits = model(torch.tensor([IDS]))[0].double().numpy()
+    assert np.abs(logits - hand_written_llama(config, tensors, IDS)).max() < 1e-5 and tokenizer is None
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("prefix", ("transformer.", ""))
+def test_gpt2_with_and_without_the_prefix(tmp_path, prefix):
+    tensors = gpt2_tensors(GPT2, "")
+    model, _ = minireft.load(write(tmp_path, GPT2, {prefix + name: t for name, t in tensors.items()}, shards=2))
+    logits = agree(model)
+    assert np.abs(logits - hand_written_gpt2(GPT2, tensors, IDS)).max() < 1e-5
+
+
+def test_the_other_spelling_of_rope(tmp_path):
+    config = {name: value for name, value in LLAMA.items() if name != "rope_theta"}
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 500.0}              # as transformers 5 writes it
+    assert huggingface.read_config(config)[1] == huggingface.read_config(LLAMA)[1]
+    assert huggingface.read_config(LLAMA)[1].rotary_base == 500.0
+
+
+def test_a_sliding_window_ends_the_context():
+    _, config = huggingface.read_config({**LLAMA, "model_type": "mistral", "sliding_window": 16})
+    assert config.context == 16
+    assert huggingface.read_config({**LLAMA, "model_type": "qwen2", "sliding_window": 16})[1].context == 24    # not in use there
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+def test_weights_arrive_in_the_dtype_asked_for_in_memory_of_their_own(tmp_path, dtype):
+    tensors = gpt2_tensors(GPT2, "")
+    model, _ = minireft.load(write(tmp_path, GPT2, tensors), dtype=dtype)
+    key = model.blocks[1].attention.key
+    assert key.weight.dtype == dtype and key.weight.is_contiguous() and key.weight.untyped_storage().nbytes() == key.weight.nbytes
+    assert torch.equal(key.weight, tensors["h.1.attn.c_attn.weight"][:, 16:32].T.to(dtype))
+    assert model.head.weight is model.embed.weight
+
+
+# ------------------------------------------------------------------------------------------------- Hugging Face, writing
+
+@pytest.mark.parametrize("name, changes", (("llama", {}), ("llama", {"tied": False, "bias": True}), ("llama", {"head_dim": 6}),
+                                           ("qwen", {"head_dim": 4}), ("gpt2", {}), ("gpt2", {"tied": False, "activation": "gelu"})), ids=str)
+def test_there_and_back(tmp_path, name, changes):
+    model = small.model(name, **changes)
+    huggingface.save(model, model.tokenizer, tmp_path)
+    again, tokenizer = minireft.load(tmp_path)
+    assert again.config == model.config and small.same_bits(small.bits(again), small.bits(model))
+    assert tokenizer.encode("w3 w20") == model.tokenizer.encode("w3 w20") and tokenizer.eos_id == model.tokenizer.eos_id
+    agree(again)
+
+
+def test_what_is_written_has_their_names_and_shapes(tmp_path):
+    huggingface.save(small.model("gpt2"), None, tmp_path / "gpt2", dtype=torch.bfloat16)
+    stored = load_file(tmp_path / "gpt2/model.safetensors")
+    assert {n: tuple(t.shape) for n, t in stored.items() if n.startswith("transformer.h.2.")} == {
+        f"transformer.h.2.{name}": shape for name, shape in (
+            ("ln_1.weight", (16,)), ("ln_1.bias", (16,)), ("ln_2.weight", (16,)), ("ln_2.bias", (16,)), ("attn.c_attn.weight", (16, 48)),
+            ("attn.c_attn.bias", (48,)), ("attn.c_proj.weight", (16, 16)), ("attn.c_proj.bias", (16,)), ("mlp.c_fc.weight", (16, 20)),
+            ("mlp.c_fc.bias", (20,)), ("mlp.c_proj.weight", (20, 16)), ("mlp.c_proj.bias", (16,)))}
+    assert {t.dtype for t in stored.values()} == {torch.bfloat16} and "lm_head.weight" not in stored
+    config = json.loads((tmp_path / "gpt2/config.json").read_text())
+    assert config["architectures"] == ["GPT2LMHeadModel"] and config["activation_function"] == "gelu_new" and config["torch_dtype"] == "bfloat16"
+
+
+def test_what_no_architecture_of_theirs_computes_is_not_written(tmp_path):
+    for name in ("neox", "gemma", "qwen"):                                # the last one with heads wider than its width
+        with pytest.raises(ValueError, match="no architecture of Hugging Face"):
+            huggingface.save(small.model(name), None, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# -------------------------------------------------------------------------------------------------- Hugging Face, refusals
+
+@pytest.mark.parametrize("changes, words", (
+    ({"model_type": "qwen3"}, "model_type 'qwen3': expected one of llama, mistral, qwen2, gpt2"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_scaling"),
+    ({"hidden_act": "relu"}, "hidden_act 'relu': minireft computes 'silu' only"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+    ({"attention_bias": True}, "attention_bias True but mlp_bias False"),
+    ({"quantization_config": {"bits": 4}}, "quantised"),
+    ({"hidden_size": None}, "no hidden_size"),
+    ({"num_attention_heads": 5}, "describes no model that can be built"),
+    ({"hidden_size": "16"}, "describes no model that can be built"),
+), ids=lambda x: x if isinstance(x, str) else next(iter(x)))
+def test_settings_that_are_not_supported_are_named_before_any_weight_is_looked_for(tmp_path, changes, words):
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, **changes}))
+    with pytest.raises(ValueError, match=re.escape(words)):
+        minireft.load(tmp_path)
+
+
+@pytest.mark.parametrize("setting, value", (("scale_attn_by_inverse_layer_idx", True), ("activation_function", "relu"), ("scale_attn_weights", False)))
+def test_settings_of_gpt2_that_are_not_supported(setting, value):
+    with pytest.raises(ValueError, match=setting):
+        huggingface.read_config({**GPT2, setting: value})
+
+
+def test_folders_that_are_not_whole(tmp_path):
+    tensors = llama_tensors(LLAMA)
+
+    def refused(words, kind=ValueError, change=lambda tensors: None, after=lambda folder: None, shards=1):
+        shutil.rmtree(tmp_path / "folder", ignore_errors=True)
+        mine = dict(tensors)
+        change(mine)
+        after(write(tmp_path / "folder", LLAMA, mine, shards))
+        with pytest.raises(kind, match=words):
+            minireft.load(tmp_path / "folder")
+
+    q = "model.layers.1.self_attn.q_proj.weight"
+    refused("lacks model-00002-of-00003.safetensors", FileNotFoundError, shards=3, after=lambda f: (f / "model-00002-of-00003.safetensors").unlink())
+    refused("holds no weights", FileNotFoundError, after=lambda f: (f / "model.safetensors").unlink())
+    refused("pickled weights only", after=lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"))
+    refused("no whole safetensors file", after=lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]))
+    refused("lists no weight_map", after=lambda f: (f / "model.safetensors.index.json").write_text("{}"))
+    refused(rf"lacks {q} \(1 in all\)", change=lambda t: t.pop(q))
+    refused("would not use, model.layers.0.self_attn.q_norm.weight", change=lambda t: t.update({"model.layers.0.self_attn.q_norm.weight": draw(4)}))
+    refused(r"model.norm.weight .* has shape \(15,\): config.json wants \(16,\)", change=lambda t: t.update({"model.norm.weight": draw(15)}))
+    refused("is stored as I8: quantised", change=lambda t: t.update({q: torch.zeros(16, 16, dtype=torch.int8)}))
+
+    def swap(folder):                                                     # an index that speaks of other shards
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        index["weight_map"][q] = next(file for file in index["weight_map"].values() if file != index["weight_map"][q])
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused("though the index says so", shards=3, after=swap)
+
+
+def test_weights_of_another_size_are_found_before_any_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface, "fill", lambda *_: pytest.fail("a weight was read"))
+    tensors = llama_tensors(LLAMA)
+    tensors["model.layers.1.mlp.up_proj.weight"] = draw(20, 15)
+    with pytest.raises(ValueError, match="up_proj"):
+        minireft.load(write(tmp_path, LLAMA, tensors))
