@@ -96,12 +96,9 @@ def test_several_stand_together_and_leave_in_any_order():
             adapter.attach()
         remaining = list(adapters)
         while remaining:
-            together = logits(model)
             leaving = shuffle.choice(remaining)
             leaving.detach()
             remaining.remove(leaving)
-            assert torch.equal(leaving.attach() and logits(model), together) or remaining[-1:] != [leaving]
-            leaving.detach()
             standing = logits(model)
             for adapter in remaining:                                     # the same ones, put on anew
                 adapter.detach()
