@@ -72,7 +72,17 @@ class Bank(Adapter):
     def attach(self):
         if not self.attached and any(isinstance(other, Bank) for other in self.model.adapters):
             raise ValueError("another bank is attached: tasks would mean two things at once; detach it first")
+        for name, member in zip(self.names, self.members):
+            if member.attached or self.kind is IA3 and member._kept is not None:
+                raise ValueError(f"the adapter of {name!r} is attached or merged by itself, and would work twice: undo that first")
         return super().attach()
+
+    def save(self, path):
+        from . import KINDS
+        for name, member in zip(self.names, self.members):
+            if type(member).__name__ not in KINDS:
+                raise ValueError(f"the adapter of {name!r} is a {type(member).__name__}, which no file holds by itself: save its parent")
+        super().save(path)
 
     def edits(self):
         if self.kind is IA3:
