@@ -10,10 +10,13 @@ import argparse
 import os
 import shlex
 import sys
-import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
-# torch takes a second to import: the commands import what they need, so that --help and usage errors are quick.
+import torch
+
+import minireft
+from minireft import adapters, tasks
 
 METHODS = {                             # what suits the shipped base: learning rate and steps, chosen on validation items
     "loreft": ("LoReFT", 1.5e-2), "direft": ("DiReFT", 1.5e-2), "ia3": ("IA3", 5e-2), "lora": ("LoRA", 6e-3), "full": (None, 5e-4)}
@@ -32,28 +35,28 @@ def demo(args) -> None:
 
 def tune(args) -> None:
     """Trains one method on a task or on the user's own file, and saves what was learned."""
-    from . import NEFTune, TrainConfig, adapters, save, train
     out, (kind, lr) = Path(args.out), METHODS[args.method]
     done = out / ("base" if args.method == "full" else "adapter.safetensors")
     if not args.resume and ((out / "checkpoint.pt").exists() or done.exists()):
         raise ValueError(f"{out} holds a run already: add --resume to go on with it, or name another folder with --out")
     for name, methods in OPTIONS.items():
-        if getattr(args, name) and args.method not in methods:
+        if getattr(args, name) is not None and args.method not in methods:
             raise ValueError(f"--{name} means nothing to {args.method}: it belongs to {', '.join(methods)}")
     model, tokenizer = open_base(args)
     examples = read(args, "train")
     options = {name: getattr(args, name) for name in ("rank", "layers", "positions", "sites") if getattr(args, name) is not None}
     if args.untied:
         options["tied"] = False
-    import torch
     torch.manual_seed(args.seed)
     adapter = adapters.KINDS[kind](model, **options) if kind else None
-    noise = [NEFTune(model, alpha=args.neftune, seed=args.seed)] if args.neftune is not None else []
-    config = TrainConfig(steps=args.steps, lr=args.lr or lr, batch_size=args.batch_size, seed=args.seed, full=adapter is None)
+    noise = [minireft.NEFTune(model, alpha=args.neftune, seed=args.seed)] if args.neftune is not None else []
+    config = minireft.TrainConfig(steps=args.steps, lr=args.lr or lr, batch_size=args.batch_size, seed=args.seed, full=adapter is None)
     if adapter:
         adapter.print_trainable_parameters()
+    else:
+        print(f"trainable parameters: all {sum(p.numel() for p in model.parameters()):,} of the base")
     try:
-        run = train(model, [adapter, *noise] if adapter else noise, examples, config, tokenizer, out, args.resume, progress(args))
+        run = minireft.train(model, [adapter, *noise] if adapter else noise, examples, config, tokenizer, out, args.resume, progress(args))
     except KeyboardInterrupt:
         again = shlex.join(["minireft", *args.argv, *([] if args.resume else ["--resume"])])
         kept = f"go on with\n  {again}" if (out / "checkpoint.pt").exists() else "nothing was kept: no checkpoint had been written yet"
@@ -61,30 +64,28 @@ def tune(args) -> None:
     if adapter:
         adapter.save(done)
     else:
-        save(model, tokenizer, done)
+        minireft.save(model, tokenizer, done)
     if run.losses:
         print(f"{len(run.losses)} steps in {run.seconds:.0f} s, loss {run.losses[0]:.3f} → {run.losses[-1]:.3f}")
-    use = f"--adapter {done}" if adapter else f"--base {done}"
+    use = f"--adapter {done}" + (f" --base {args.base}" if args.base != "base" else "") if adapter else f"--base {done}"
     print(f"saved {done}; now: minireft evaluate --task {args.task} {use}" if args.task else
           f"saved {done}; now: minireft generate {use} {shlex.quote(examples[0].prompt)}")
 
 
 def generate(args) -> None:
     """Continues prompts, one answer a line."""
-    from . import generate
     model, tokenizer = open_base(args)
     with adapted(model, args.adapter, args.force):
-        for text in generate(model, tokenizer, args.prompt, args.max_new_tokens, args.temperature, args.top_p, args.seed):
+        for text in minireft.generate(model, tokenizer, args.prompt, args.max_new_tokens, args.temperature, args.top_p, args.seed):
             print(text)
 
 
 def evaluate(args) -> None:
     """Scores a base, with an adapter or without, on a task's split or on the user's own file."""
-    from . import evaluate, tasks
     model, tokenizer = open_base(args)
     examples = read(args, args.split)
     with adapted(model, args.adapter, args.force):
-        scores = evaluate(model, tokenizer, examples)
+        scores = minireft.evaluate(model, tokenizer, examples)
     print(scores)
     if args.task == "instructions":     # many answers are right: a program checks them
         p, n = sum(tasks.check(args.task, e, a) for e, a in zip(examples, scores.answers)) / scores.n, scores.n
@@ -93,7 +94,6 @@ def evaluate(args) -> None:
 
 def doctor(args) -> None:
     """Says what works here."""
-    warnings.simplefilter("ignore")     # it has a row for what the warning says
     from . import doctor
     doctor.run()
 
@@ -113,12 +113,10 @@ def pretrain(args) -> None:
 
 def open_base(args):
     """The base and its tokenizer on the device asked for."""
-    import torch
-    from . import load
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: this torch sees no GPU; `minireft doctor` says why, --device cpu works")
-    model, tokenizer = load(args.base, device)
+    model, tokenizer = minireft.load(args.base, device)
     if tokenizer is None:
         raise ValueError(f"{args.base} has no tokenizer.json: put the base's own one there, the command line speaks in text")
     if "OMP_NUM_THREADS" not in os.environ and model.config.width <= 512:
@@ -128,18 +126,15 @@ def open_base(args):
 
 def read(args, split: str):
     """The examples asked for: a task's split, or a file."""
-    from . import read_examples, tasks
     if args.task:
         return tasks.load(args.task, split, args.limit)
-    examples = read_examples(args.data)
+    examples = minireft.read_examples(args.data)
     return examples[: args.limit] if args.limit else examples
 
 
 def adapted(model, path, force: bool):
     """The adapter at `path`, to stand in a `with`; nothing without a path."""
-    from contextlib import nullcontext
-    from . import load_adapter
-    return load_adapter(model, path, force) if path else nullcontext()
+    return minireft.load_adapter(model, path, force) if path else nullcontext()
 
 
 def progress(args) -> bool:
@@ -207,7 +202,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--rank", type=int, metavar="N", help="loreft, direft (default 4), lora (default 8)")
     add("--layers", metavar="LIST", help="loreft, direft: all, or numbers from 0 such as 3,5 (default: all)")
     add("--positions", metavar="WHERE", help="loreft, direft: which prompt tokens are edited, fN+lM (default: f7+l7)")
-    add("--untied", action="store_true", help="loreft, direft: separate weights for the first and the last tokens")
+    add("--untied", action="store_true", default=None, help="loreft, direft: separate weights for the first and the last tokens")
     add("--sites", metavar="LIST", help="ia3 (default key,value,ffn), lora (default query,value; or all)")
     add("--neftune", type=number(float, 0), metavar="ALPHA", help="noise on the embeddings while training; 5 is usual")
     add("--steps", type=number(int, 1), default=200, metavar="N", help="default: 200")
@@ -237,7 +232,6 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = build_parser().parse_args(argv)
     args.argv = argv
-    warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
     try:
         args.run(args)
         return 0

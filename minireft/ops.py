@@ -24,11 +24,13 @@ _OPERATIONS = ("low_rank_edit", "low_rank_edit_backward", "low_rank_edit_at", "l
 
 def _load() -> dict[str, dict]:
     """The compiled operations by library: "minireft" (CPU and CUDA) and "minireft_emulator"; none without a build."""
+    library = Path(__file__).with_name("_kernels.so")
     try:
-        torch.ops.load_library(Path(__file__).with_name("_kernels.so"))
+        torch.ops.load_library(library)
     except OSError as error:
-        warnings.warn(f"minireft runs on plain PyTorch, without its kernels: {str(error).splitlines()[0]} "
-                      "(build them with `python setup.py build_ext --inplace`)", stacklevel=2)
+        why = str(error).splitlines()[0] if library.exists() else "they were not built"
+        warnings.warn_explicit(f"running on plain PyTorch, without the kernels: {why}; `minireft doctor` says what to do",
+                               RuntimeWarning, "minireft", 0)             # no place in the code to show: one line
         return {}
     return {library: {name: getattr(getattr(torch.ops, library), name).default for name in _OPERATIONS}
             for library in ("minireft", "minireft_emulator") if hasattr(getattr(torch.ops, library), "scale")}
