@@ -12,6 +12,8 @@ import struct
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import minireft
@@ -273,3 +275,139 @@ def test_weights_of_another_size_are_found_before_any_is_read(tmp_path, monkeypa
     tensors["model.layers.1.mlp.up_proj.weight"] = draw(20, 15)
     with pytest.raises(ValueError, match="up_proj"):
         minireft.load(write(tmp_path, LLAMA, tensors))
+
+
+# -------------------------------------------------------------------------------------------------------------- llama2.c
+
+SIZES = dict(dim=16, hidden=20, layers=2, heads=4, kv_heads=2, vocab=29, context=24)
+LAYERED = ("att_norm", "wq", "wk", "wv", "wo", "ffn_norm", "w1", "w2", "w3")
+
+
+def llama2c_tensors(tied: bool) -> dict:
+    C, F, G, L, V = 16, 20, 8, 2, 29
+    tensors = {"embed": draw(V, C), "norm": 1 + draw(C), "att_norm": 1 + draw(L, C), "ffn_norm": 1 + draw(L, C), "wq": draw(L, C, C),
+               "wk": draw(L, G, C), "wv": draw(L, G, C), "wo": draw(L, C, C), "w1": draw(L, F, C), "w2": draw(L, C, F), "w3": draw(L, F, C)}
+    return tensors if tied else {**tensors, "head": draw(V, C)}
+
+
+def write_llama2c(path, w: dict, version: int = 0):
+    sizes = list(SIZES.values())
+    if version == 0:
+        sizes[5] = sizes[5] if "head" not in w else -sizes[5]
+        names = ("embed", "att_norm", "wq", "wk", "wv", "wo", "ffn_norm", "w1", "w2", "w3", "norm", "rotary", "head")
+        data = struct.pack("<7i", *sizes)
+    else:
+        names = ("att_norm", "ffn_norm", "norm", "embed", "wq", "wk", "wv", "wo", "w1", "w2", "w3", "head")
+        data = (b"24ka" + struct.pack("<8i", version, *sizes) + bytes(["head" not in w])).ljust(256, b"\0")
+    w = {**w, "rotary": torch.full((24, 4), torch.nan)}                   # to be skipped, whatever is in it
+    path.write_bytes(data + b"".join(w[name].numpy().tobytes() for name in names if name in w))
+    return path
+
+
+def hand_written_llama2c(w: dict, ids) -> np.ndarray:
+    """run.c in numpy: the rotary pairs are neighbours, (x[2i], x[2i + 1]) = one complex number."""
+    w, T, D = {name: t.double().numpy() for name, t in w.items()}, len(ids), 4
+    h = w["embed"][list(ids)]
+
+    def norm(x, weight):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * weight
+
+    def turned(x):                                                        # (T, D)
+        z = (x[:, ::2] + 1j * x[:, 1::2]) * np.exp(1j * np.outer(np.arange(T), 10000.0 ** (-np.arange(0, D, 2) / D)))
+        return np.stack([z.real, z.imag], axis=-1).reshape(T, D)
+    for i in range(2):
+        x = norm(h, w["att_norm"][i])
+        q, k, v = (x @ w[name][i].T for name in ("wq", "wk", "wv"))
+        heads = []
+        for j in range(4):
+            mine, its = slice(j * D, (j + 1) * D), slice(j // 2 * D, (j // 2 + 1) * D)
+            scores = np.exp(np.where(np.tri(T, dtype=bool), turned(q[:, mine]) @ turned(k[:, its]).T / D**0.5, -np.inf))
+            heads.append(scores / scores.sum(-1, keepdims=True) @ v[:, its])
+        h = h + np.hstack(heads) @ w["wo"][i].T
+        x = norm(h, w["ffn_norm"][i])
+        gate = x @ w["w1"][i].T
+        h = h + (gate / (1 + np.exp(-gate)) * (x @ w["w3"][i].T)) @ w["w2"][i].T
+    return norm(h, w["norm"]) @ w.get("head", w["embed"]).T
+
+
+@pytest.mark.parametrize("version", (0, 1))
+@pytest.mark.parametrize("tied", (True, False))
+def test_llama2c_models(tmp_path, tied, version):
+    w = llama2c_tensors(tied)
+    model, tokenizer = minireft.load(write_llama2c(tmp_path / "model.bin", w, version))
+    assert np.abs(agree(model) - hand_written_llama2c(w, IDS)).max() < 1e-5
+    assert tokenizer is None and model.config.tied == tied and model.config.context == 24
+
+
+def test_llama2c_files_that_are_not_whole_or_none(tmp_path):
+    path = write_llama2c(tmp_path / "model.bin", llama2c_tensors(True))
+    whole = path.read_bytes()
+    for data, words in ((whole[:-4], "bytes where its header promises"), (whole + b"\0\0\0\0", "bytes where its header promises"),
+                        (whole[:9], "no llama2.c model"), (b"", "no llama2.c model"), (b"PK\3\4" + whole, "no llama2.c model"),
+                        (b"24ka" + struct.pack("<i", 2) + whole, "version 2")):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=words):
+            minireft.load(path)
+    with pytest.raises(FileNotFoundError, match="there is no base at"):
+        minireft.load(tmp_path / "other.bin")
+
+
+PIECES = [" ", "a", "b", "c", "é", "ab", "bc", "abc", " a", "aa", " ab", "aaa", "ca", " abc", "é "]
+SCORES = {piece: -float(rank) for rank, piece in enumerate(["ab", "aa", "bc", " a", "abc", "aaa", " ab", "ca", " abc", "é "])}
+
+
+def write_tokenizer(path, pieces=PIECES):
+    """tokenizer.py's export: the special pieces, every byte, then the pieces with their scores."""
+    rows = [("<unk>", 0.0), ("\n<s>\n", 0.0), ("\n</s>\n", 0.0), *((f"<0x{i:02X}>", 0.0) for i in range(256))]
+    rows += [(piece, SCORES.get(piece, -1e3)) for piece in pieces]
+    path.write_bytes(struct.pack("<i", 7) + b"".join(struct.pack("<fi", score, len(piece.encode())) + piece.encode() for piece, score in rows))
+    return [piece for piece, _ in rows], dict(rows)
+
+
+def merged_one_by_one(text: str, pieces: list[str], scores: dict) -> list[int]:
+    """run.c's encode, without its BOS: of all neighbours whose union is a piece, the best is merged, again and again."""
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    tokens = []
+    for character in " " + text if text else "":
+        tokens += [ids[character]] if character in ids else [byte + 3 for byte in character.encode()]
+    while True:
+        unions = [(scores[pieces[a] + pieces[b]], -i) for i, (a, b) in enumerate(zip(tokens, tokens[1:])) if pieces[a] + pieces[b] in ids]
+        if not unions:
+            return tokens
+        i = -max(unions)[1]
+        tokens[i : i + 2] = [ids[pieces[tokens[i]] + pieces[tokens[i + 1]]]]
+
+
+@given(text=st.text("abcé \nZ🙂", max_size=24))
+def test_llama2c_tokenizer(tokenizer_file, text):
+    tokenizer, pieces, scores = tokenizer_file
+    ids = tokenizer.encode(text)
+    assert ids == merged_one_by_one(text, pieces, scores)
+    assert tokenizer.decode([1, *ids]) == text
+
+
+@pytest.fixture(scope="module")
+def tokenizer_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("llama2c") / "tokenizer.bin"
+    pieces, scores = write_tokenizer(path)
+    return llama2c.read_tokenizer(path, len(pieces)), pieces, scores
+
+
+def test_llama2c_tokenizer_beside_its_model(tmp_path):
+    sizes = {**SIZES, "vocab": 259 + len(PIECES)}
+    w = {**llama2c_tensors(True), "embed": draw(sizes["vocab"], 16)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SIZES, "vocab", sizes["vocab"])
+        path = write_llama2c(tmp_path / "model.bin", w)
+    for name in ("tokenizer.bin", f"tok{sizes['vocab']}.bin"):
+        write_tokenizer(tmp_path / name)
+        model, tokenizer = minireft.load(path)
+        assert model.tokenizer is tokenizer and tokenizer.vocab_size == sizes["vocab"]
+        assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 1, None)
+    for pieces, words in ((PIECES[1:], "holds 273 pieces"), ([*PIECES[:-1], "a"], "names a piece twice")):
+        write_tokenizer(tmp_path / name, pieces)
+        with pytest.raises(ValueError, match=words):
+            minireft.load(path)
+    (tmp_path / name).write_bytes((tmp_path / "tokenizer.bin").read_bytes()[:-1])
+    with pytest.raises(ValueError, match="no llama2.c tokenizer"):
+        minireft.load(path)
