@@ -32,7 +32,7 @@ test-all: kernels $(INSTALLED:installed=peers)
 	$(PYTHON) -m pytest -q
 
 tutorials: kernels
-	$(PYTHON) tutorials/render.py
+	$(PYTHON) tutorials/make.py
 
 bench: kernels
 	$(PYTHON) -m minireft bench

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,6 +21,7 @@ from minireft import adapters, tasks
 
 METHODS = {                             # what suits the shipped base: learning rate and steps, chosen on validation items
     "loreft": ("LoReFT", 1.5e-2), "direft": ("DiReFT", 1.5e-2), "ia3": ("IA3", 5e-2), "lora": ("LoRA", 6e-3), "full": (None, 5e-4)}
+PROGRAMS = {"bench": "kernels.py"}
 OPTIONS = {                             # which option of `tune` belongs to which methods
     "rank": ("loreft", "direft", "lora"), "layers": ("loreft", "direft"), "positions": ("loreft", "direft"),
     "untied": ("loreft", "direft"), "sites": ("ia3", "lora")}
@@ -109,6 +111,14 @@ def pretrain(args) -> None:
     print(f"saved {args.out}; now: minireft generate --base {args.out} \"question : where does anna live ? answer :\"")
 
 
+def bench(args) -> None:
+    """Runs a program that stands in benchmarks/, outside the package, with its own options."""
+    program = Path(minireft.__file__).parent.parent / "benchmarks" / PROGRAMS[args.command]
+    if not program.is_file():
+        raise ValueError(f"`minireft {args.command}` needs benchmarks/{program.name}, which is not installed: run it in a clone of the source")
+    sys.exit(subprocess.call([sys.executable, str(program), *args.options]))
+
+
 # ----------------------------------------------------------------------------------------------------------------- shared
 
 def open_base(args):
@@ -160,7 +170,7 @@ def number(kind, least, above=False):
 COMMANDS = {                            # in the order of --help
     "everyday": {demo: "tune the shipped base in several ways and see what changed", tune: "train one method on a task or on your own file",
                  generate: "continue a prompt", evaluate: "score a base or an adapter", doctor: "what is installed here, and what is missing"},
-    "tools": {pretrain: "train a base from nothing"},
+    "tools": {pretrain: "train a base from nothing", bench: "time the kernels (in a clone; options go to benchmarks/kernels.py)"},
 }
 
 
@@ -174,7 +184,7 @@ def build_parser() -> argparse.ArgumentParser:
     p = {}
     for group in COMMANDS.values():
         for command, text in group.items():
-            p[command] = commands.add_parser(command.__name__, help=text, description=text[0].upper() + text[1:] + ".")
+            p[command] = commands.add_parser(command.__name__, help=text, add_help=command is not bench, description=text[0].upper() + text[1:] + ".")
             p[command].set_defaults(run=command)
 
     for command in (tune, generate, evaluate, demo):
@@ -230,7 +240,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, args.options = parser.parse_known_args(argv)
+    if args.options and args.run is not bench:
+        parser.error(f"unrecognized arguments: {' '.join(args.options)}")
     args.argv = argv
     try:
         args.run(args)
