@@ -61,12 +61,13 @@ def around(model, adapter, site, *inputs):
 # ---------------------------------------------------------------------------------------------------- what an edit computes
 
 @pytest.mark.parametrize("tied", (True, False))
+@pytest.mark.parametrize("fused", (True, False))
 @pytest.mark.parametrize("kind", VARIANTS)
-def test_the_formula_at_the_positions_and_nothing_elsewhere(kind, tied):
+def test_the_formula_at_the_positions_and_nothing_elsewhere(kind, fused, tied):
     for side in ("left", "right"):
         tokens, mask = small.pad(small.rows([9, 4, 2, 1]), side, more=2)  # long, exact, short, one token
         model = small.model()
-        adapter = small.randomise(kind(model, rank=3, layers=1, positions="f3+l1", tied=tied))
+        adapter = small.randomise(kind(model, rank=3, layers=1, positions="f3+l1", tied=tied, dropout=0.0 if fused else 0.5))
         h, out = around(model, adapter, "blocks.1.output", tokens, mask)  # (B, T, C)
         wide, expected = adapter.double(), h.double()
         for b, pairs in enumerate(named("f3+l1", tokens, mask)):
