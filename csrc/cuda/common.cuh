@@ -124,22 +124,22 @@ DEVICE Floats<V> all(float x) {
   return y;
 }
 
-// V parameters from row[c]; zeros from C on. Every lane of the warp calls, and an odd lane's c is its left neighbour's
-// plus V. Float parameters beside half-precision activations are 32 bytes a lane, two accesses that would use half of
-// each sector: so two lanes read their 64 bytes in sector-wide pieces, and then swap.
-template <int V, class W>
+// V parameters from row[c]; zeros from C on. Every lane of the warp calls; lanes that differ in BIT have the same row, and
+// the upper one's c is the lower one's plus V. Float parameters beside half-precision activations are 32 bytes a lane, two
+// accesses that would use half of each sector: so the two lanes read their 64 bytes in sector-wide pieces, and then swap.
+template <int V, int BIT = 1, class W>
 DEVICE Floats<V> load_parameters(const W* row, int64_t c, int64_t C SITE) {
   if constexpr (V * sizeof(W) <= 16) {
     return c < C ? widen(load<V>(row + c AT)) : all<V>(0);
   } else {
     static_assert(V == 8 && sizeof(W) == 4);
-    const bool odd = threadIdx.x & 1;
+    const bool odd = threadIdx.x & BIT;
     const int64_t near = c - (odd ? 4 : 0), far = near + 8;  // of quarters 0 1 2 3: even reads 0 2, odd reads 1 3
     Floats<4> x = near < C ? widen(load<4>(row + near AT)) : all<4>(0);
     Floats<4> y = far < C ? widen(load<4>(row + far AT)) : all<4>(0);
     Floats<V> out;
     UNROLL for (int i = 0; i < 4; i++) {
-      float got = __shfl_xor_sync(ALL, odd ? x.at[i] : y.at[i], 1);
+      float got = __shfl_xor_sync(ALL, odd ? x.at[i] : y.at[i], BIT);
       out.at[i] = odd ? got : x.at[i], out.at[4 + i] = odd ? y.at[i] : got;
     }
     return out;
@@ -224,6 +224,17 @@ const char* launch_sum_partials(const float* partial, int64_t count, int64_t str
   const dim3 grid((width + (wide ? 128 : 32) - 1) / (wide ? 128 : 32), K);
   if (wide) return LAUNCH((sum_partials<O, 4>), grid, THREADS, 0, stream, partial, count, stride, width, out, tasks, per_row);
   return LAUNCH((sum_partials<O, 1>), grid, THREADS, 0, stream, partial, count, stride, width, out, tasks, per_row);
+}
+
+// Has the GPU the tensor-core step that tensor_cores.cuh uses (compute capability 8.0 and later)?
+inline bool has_mma() {
+#if defined(MINIREFT_EMULATOR)
+  return true;
+#else
+  int device = 0, major = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 8;
+#endif
 }
 
 // Bytes of L2, which decides how many rows a backward pass takes at a time; without a GPU, an RTX 3060's.

@@ -5,7 +5,7 @@
 // Forward and backward share a kernel: out = x + Qᵀ(P x + b) is the edit with P = D, Q = A, and the gradient of h,
 // dh = g + Dᵀ(A g), with P = A, Q = D, b = 0. The gradients of D and A are both sums of products over rows, Σ s xᵀ:
 // dD = Σ u hᵀ, dA = Σ δ gᵀ, with u = A g; and db = Σ u is one with x = 1.
-#include "low_rank_edit.cuh"
+#include "tensor_cores.cuh"
 
 namespace minireft::MINIREFT_BACKEND {
 namespace {
@@ -18,12 +18,22 @@ const char* too_large(const Edit& e) {
   return nullptr;
 }
 
+// Tensor cores serve half precision from rank 16 on, where one bank serves all rows.
+bool by_mma(const Edit& e) { return e.dtype != Dtype::f32 && e.r >= 16 && e.r <= MMA_MAX && !e.tasks.data && has_mma(); }
+
 template <class T, class W>
 const char* launch_rows(const Rows& a, void* stream) {
   if (a.begin == a.end) return nullptr;
   const int64_t C = a.e.C;
   const bool vectors = C % fast<T> == 0 && aligned<T>(a.x) && aligned<T>(a.out) && aligned(a.first, C * sizeof(W)) &&
                        aligned(a.second) && aligned(a.copy);
+  if constexpr (sizeof(T) == 2) {
+    if (vectors && by_mma(a.e)) {
+      const dim3 grid(ceil_div(a.end - a.begin, MMA_ROWS));
+      const size_t shared = ceil_div(a.e.r, MMA_RANKS) * MMA_RANKS * MMA_ROWS * sizeof(float);
+      return LAUNCH((edit_rows_mma<T, W>), grid, THREADS, shared, stream, a);
+    }
+  }
   const int rows = vectors && !a.e.tasks.data ? 4 : 1, wide = vectors ? fast<T> : 1;
   const int threads = smaller(THREADS, ceil_div(ceil_div(C, wide), 32) * 32);
   const dim3 grid(ceil_div(a.end - a.begin, rows));
@@ -36,8 +46,14 @@ const char* launch_rows(const Rows& a, void* stream) {
 template <class T, class O>
 const char* launch_products(const Products& a, int splits, void* stream) {
   const int64_t C = a.e.C;
-  const bool vectors = C % fast<T> == 0 && aligned<T>(a.h) && aligned<T>(a.g) && aligned(a.u) && aligned(a.delta) &&
+  const bool vectors = C % fast<T> == 0 && a.vectors && aligned<T>(a.h) && aligned<T>(a.g) &&
                        aligned(a.out[0]) && aligned(a.out[1]);
+  if constexpr (sizeof(T) == 2) {
+    if (vectors && by_mma(a.e)) {
+      const dim3 grid(ceil_div(C, 64) * ceil_div(a.e.r, SUM_RANKS), splits, 3);
+      return LAUNCH((sum_products_mma<T, O>), grid, THREADS, 0, stream, a);
+    }
+  }
   const dim3 grid(ceil_div(C, LANES * (vectors ? fast<T> : 1)) * ceil_div(a.e.r, RANKS), splits, 3 * a.e.K);
   if (vectors) return LAUNCH((sum_products<T, O, fast<T>>), grid, THREADS, 0, stream, a);
   return LAUNCH((sum_products<T, O, 1>), grid, THREADS, 0, stream, a);
@@ -53,7 +69,7 @@ struct Plan {
 Plan plan(const Edit& e) {
   const int64_t N = e.B * e.P, bytes = e.dtype == Dtype::f32 ? 4 : 2, weights = e.weight_dtype == Dtype::f32 ? 4 : 2;
   Plan p{N, e.K * (2 * e.r * e.C + e.r), 1};
-  const int64_t blocks = ceil_div(e.C, LANES * 16 / bytes) * ceil_div(e.r, RANKS) * 2 * e.K;
+  const int64_t blocks = ceil_div(e.C, LANES * 16 / bytes) * ceil_div(e.r, by_mma(e) ? SUM_RANKS : RANKS) * 2 * e.K;
   p.splits = larger(1, smaller(32, smaller(256 / blocks, N * bytes / (96 * e.r * e.K))));
   const int64_t room = l2_size() * 3 / 4 - 2 * e.K * e.r * e.C * weights - p.splits * p.sums * 4;
   const int64_t rows = room / (3 * e.C * bytes) / GROUPS * GROUPS;
@@ -87,13 +103,15 @@ const char* low_rank_edit_backward(const Edit& e, const EditBackward& f, void* s
   Rows rows{e, f.g, f.dh, f.up, f.down, nullptr, nullptr, u, places, 0, N};
   const bool saved = f.rows != nullptr;
   Products products{e, u, static_cast<const float*>(f.delta), places,
-                    saved ? Stream{const_cast<void*>(f.rows), e.P * e.C, e.C} : f.h, f.g, saved, {}, {}, 0, 0, 0};
+                    saved ? Stream{const_cast<void*>(f.rows), e.P * e.C, e.C} : f.h, f.g, aligned(f.delta), saved, {}, {}, 0, 0, 0};
   return by_dtype(e.dtype, e.weight_dtype, [&](auto t, auto w) -> const char* {
     using T = decltype(t);
     using W = decltype(w);
     if (!f.ddown) return launch_rows<T, W>(rows, stream);
     void* gradients[3] = {f.ddown, f.dup, f.dbias};
     float* partial[3] = {sums, sums + e.K * e.r * e.C, sums + 2 * e.K * e.r * e.C};
+    if (sizeof(W) == 4 && p.splits == 1)  // float gradients hold the sums themselves
+      for (int i = 0; i < 3; i++) partial[i] = static_cast<float*>(gradients[i]);
     products.split_stride = padded(p.sums * 4) / 4;
     for (int64_t n = 0; n == 0 || n < N; n += p.chunk) {
       rows.begin = products.begin = n, rows.end = products.end = smaller(N, n + p.chunk);

@@ -136,11 +136,56 @@ struct Products {
   const float *u, *delta;  // (N, r) each
   const int64_t* places;   // (N,)
   Stream h, g;
+  bool vectors;            // u and delta may be read 16 bytes at a time
   bool h_by_position;      // h is the saved rows: row (b, p), not (b, token)
   void* out[3];            // dD, dA, db: (K, r, C), (K, r, C), (K, r)
   float* before[3];        // the same of the rows before `begin`, or null
   int64_t begin, end, split_stride;  // split i writes (and adds to) what lies i · split_stride elements further on
 };
+
+DEVICE int64_t share_of(const Products& a, int64_t split) {  // where a split's rows begin
+  return smaller(a.begin + split * ((a.end - a.begin + gridDim.y - 1) / gridDim.y), a.end);
+}
+
+// Brings to shared memory what CHUNK rows from n0 need: RANKS_HERE of their factors s, STRIDE apart, and where their x lies
+// (−1: not edited, or not this bank's, or beyond the end).
+template <int RANKS_HERE, int STRIDE>
+DEVICE void stage(const Products& a, int job, int64_t bank, int j0, int64_t n0, int64_t end, const Stream& x, float* factors,
+                  int64_t* offsets) {
+  const float* s = job == 1 ? a.delta : a.u;
+  const int r = a.e.r;
+  for (int i = threadIdx.x; i < CHUNK * RANKS_HERE / 4; i += THREADS) {  // four ranks of a row each
+    const int64_t n = n0 + i / (RANKS_HERE / 4);
+    const int j = j0 + i % (RANKS_HERE / 4) * 4;
+    Pack<4, float> four{};
+    if (n < end && j < r && r % 4 == 0 && a.vectors) {
+      four = load<4>(s + n * r + j);
+    } else if (n < end) {
+      for (int k = 0; k < 4 && j + k < r; k++) four.at[k] = load(s + n * r + j + k);
+    }
+    store(factors + i / (RANKS_HERE / 4) * STRIDE + i % (RANKS_HERE / 4) * 4, four);
+  }
+  if (threadIdx.x < CHUNK) {
+    const int64_t n = n0 + threadIdx.x, place = n < end ? load(a.places + n) : -1, b = uint32_t(n) / uint32_t(a.e.P);
+    const int64_t t = job == 0 && a.h_by_position ? n - b * a.e.P : place & 0xFFFFFFFF;
+    const bool mine = place >= 0 && place >> 32 == bank;
+    store(offsets + threadIdx.x, mine ? b * x.batch_stride + t * x.token_stride : int64_t(-1));
+  }
+}
+
+// E columns of a sum, from `to` on: added to what earlier rows gave, and written as partial sum or gradient.
+template <class O, int E>
+DEVICE void write_sum(const Products& a, int job, int64_t bank, int rank, int64_t C, int64_t to, Floats<E> total) {
+  const int64_t element = blockIdx.y * a.split_stride + (bank * a.e.r + rank) * C + to;
+  O* out = static_cast<O*>(a.out[job]) + element;
+  if (job == 2) {  // one column
+    store(out, narrow<O>(total.at[0] + (a.before[2] ? load(a.before[2] + element) : 0)));
+  } else {
+    const Floats<E> before = a.before[job] ? widen(load<E>(a.before[job] + element)) : all<E>(0);
+    UNROLL for (int e = 0; e < E; e++) total.at[e] += before.at[e];
+    store(out, narrow<O>(total));
+  }
+}
 
 // Σ s xᵀ over rows, into dD (job 0: s = u, x = h), dA (job 1: s = δ, x = g) or db (job 2: s = u, x = 1).
 // A block owns 8 ranks × 8 V columns of one job of one bank, and one share of the rows (split); it writes float sums to be
@@ -158,30 +203,13 @@ __global__ void __launch_bounds__(THREADS) sum_products(Products a) {
   if (column >= C) return;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, q = threadIdx.x % LANES, group = threadIdx.x / LANES;
   const int64_t c = column + q * V;
-  const float* s = job == 1 ? a.delta : a.u;
   const Stream& x = job == 1 ? a.g : a.h;
-  const bool by_position = job == 0 && a.h_by_position;
-  const int64_t share = (a.end - a.begin + gridDim.y - 1) / gridDim.y;
-  const int64_t begin = a.begin + blockIdx.y * share, end = begin + share < a.end ? begin + share : a.end;
+  const int64_t begin = share_of(a, blockIdx.y), end = share_of(a, blockIdx.y + 1);
 
   float sum[RANKS * V] = {};
   for (int64_t n0 = begin; n0 < end; n0 += CHUNK) {
     __syncthreads();
-    for (int i = threadIdx.x; i < CHUNK * RANKS / 4; i += THREADS) {  // four ranks of a row each
-      const int64_t n = n0 + i / (RANKS / 4), j = j0 + i % (RANKS / 4) * 4;
-      Pack<4, float> four{};
-      if (n < end && r % 4 == 0 && j < r) four = load<4>(s + n * r + j);
-      if (n < end && r % 4 != 0)
-        for (int k = 0; k < 4; k++)
-          if (j + k < r) four.at[k] = load(s + n * r + j + k);
-      store(factors + i * 4, four);
-    }
-    if (threadIdx.x < CHUNK) {
-      const int64_t n = n0 + threadIdx.x, place = n < end ? load(a.places + n) : -1;
-      const int64_t b = uint32_t(n) / uint32_t(a.e.P), t = by_position ? n - b * a.e.P : place & 0xFFFFFFFF;
-      const bool mine = place >= 0 && place >> 32 == bank;
-      store(offsets + threadIdx.x, mine ? b * x.batch_stride + t * x.token_stride : int64_t(-1));
-    }
+    stage<RANKS, RANKS>(a, job, bank, j0, n0, end, x, factors, offsets);
     __syncthreads();
     UNROLL_BY(4) for (int m = group; m < CHUNK; m += GROUPS) {
       const int64_t offset = load(offsets + m);
@@ -213,15 +241,7 @@ __global__ void __launch_bounds__(THREADS) sum_products(Products a) {
     Floats<E> some = widen(load<E>(sums + slot * E));
     UNROLL for (int e = 0; e < E; e++) total.at[e] += some.at[e];
   }
-  const int64_t element = blockIdx.y * a.split_stride + (int64_t(bank) * r + j0 + j) * C + to;
-  O* out = static_cast<O*>(a.out[job]) + element;
-  if (job == 2) {
-    store(out, narrow<O>(total.at[0] + (a.before[2] ? load(a.before[2] + element) : 0)));
-  } else {
-    Floats<E> before = a.before[job] ? widen(load<E>(a.before[job] + element)) : all<E>(0);
-    UNROLL for (int e = 0; e < E; e++) total.at[e] += before.at[e];
-    store(out, narrow<O>(total));
-  }
+  write_sum<O, E>(a, job, bank, j0 + j, C, to, total);
 }
 
 }  // namespace

@@ -51,7 +51,7 @@ struct Thread {
 
 struct Warp {
   int waiting, turn;              // lanes that have arrived; which half of the slots is in use
-  uint64_t slot[2][WARP][4];      // what each lane brought: two halves, since a fast lane may already write the next
+  uint64_t slot[2][WARP][6];      // what each lane brought: two halves, since a fast lane may already write the next
   std::vector<Access> log[WARP];  // accesses since the lanes last met
 };
 
@@ -252,7 +252,7 @@ inline const char* launch(const char* name, dim3 grid, int threads, std::functio
   return error.empty() ? nullptr : error.c_str();
 }
 
-// Each lane brings a value of up to 32 bytes; the function returned gives any lane's.
+// Each lane brings a value of up to 48 bytes and may then look at any lane's.
 template <class T>
 struct Exchange {
   Warp& warp;
@@ -263,11 +263,7 @@ struct Exchange {
     memcpy(warp.slot[turn][block.current->id % WARP], &mine, sizeof(T));
     meet_warp(what, file, line);
   }
-  T of(int lane) const {
-    T value;
-    memcpy(&value, warp.slot[turn][lane], sizeof(T));
-    return value;
-  }
+  const T& of(int lane) const { return *reinterpret_cast<const T*>(warp.slot[turn][lane]); }
 };
 
 template <class T>
@@ -281,26 +277,28 @@ T shuffle(T value, int from, const char* file, int line) {
 // and t = lane % 4:  a's element i: row group + 8·[i & 2], column 2t + (i & 1) + 8·[i ≥ 4];
 // b's: row 2t + (i & 1) + 8·[i ≥ 2], column group;  c's: row group + 8·[i ≥ 2], column 2t + (i & 1).
 struct Fragments {
-  uint32_t a[4], b[2];
+  float a[8], b[4];
 };
 
 template <class Half>
 void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float (*wide)(Half), const char* file, int line) {
-  Fragments mine{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
-  if (counting && block.current->id % WARP == 0) kernel->mma++;
-  Exchange<Fragments> all(mine, "mma", file, line);
   auto number = [&](uint32_t word, int high) {
     uint16_t bits = uint16_t(word >> 16 * high);
     Half h;
     memcpy(&h, &bits, 2);
     return wide(h);
   };
-  int lane = block.current->id % WARP;
-  for (int i = 0; i < 4; i++) {
-    int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
-    for (int k = 0; k < 16; k++) {
-      Fragments row_holder = all.of(row % 8 * 4 + k % 8 / 2), column_holder = all.of(column * 4 + k % 8 / 2);
-      c[i] += number(row_holder.a[row / 8 + 2 * (k / 8)], k % 2) * number(column_holder.b[k / 8], k % 2);
+  Fragments mine;
+  for (int i = 0; i < 8; i++) mine.a[i] = number(a[i / 2], i % 2);
+  for (int i = 0; i < 4; i++) mine.b[i] = number(b[i / 2], i % 2);
+  if (counting && block.current->id % WARP == 0) kernel->mma++;
+  Exchange<Fragments> all(mine, "mma", file, line);
+  int group = block.current->id % WARP / 4, t = block.current->id % 4;
+  for (int k = 0; k < 16; k++) {
+    int holder = k % 8 / 2, i = k % 2 + k / 8 * 4;  // of this k: which t holds it, and where in a
+    for (int j = 0; j < 2; j++) {
+      float bk = all.of((2 * t + j) * 4 + holder).b[k % 2 + k / 8 * 2];
+      for (int half = 0; half < 2; half++) c[half * 2 + j] += all.of(group * 4 + holder).a[i + 2 * half] * bk;
     }
   }
 }
