@@ -10,7 +10,6 @@
 namespace minireft::cpu {
 namespace {
 
-constexpr int TILE = 32;       // rows per tile of the backward pass: the sums for dD and dA leave registers once a tile
 constexpr int VECTORS = 4;     // vectors side by side in a block of columns
 
 // The rows of one bank, in order: row i reads and writes where the call's pointers for n[i] say.
@@ -46,42 +45,60 @@ T* row(const Edit& e, const Stream& s, int64_t n) {  // where row n lives in a (
 
 // ---- the two products -------------------------------------------------------------------------------------------------
 
+constexpr int ROWS = 4;                                                  // rows × ranks of accumulators in dots:
+template <class T> constexpr int ranks = lanes<T> >= 16 ? 4 : 2;           // as many as registers allow, and lanes to sum them
+
 // out[i][k] = x[i] · W[k] for R rows and Q ranks.
 template <class T, int R, int Q>
 void dot_block(const T* const* x, const wide<T>* W, int64_t C, wide<T>* out, int64_t r) {
-  vec<T> acc[R][Q] = {};
+  constexpr int L = lanes<T>, MOST = ROWS * ranks<T>;
+  vec<T> acc[MOST];
+  for (int j = 0; j < MOST; ++j) acc[j] = vec<T>{};
   over_row<T>(C, [&](int64_t c, auto load, auto) __attribute__((always_inline)) {
     vec<T> xs[R];
     for (int i = 0; i < R; ++i) xs[i] = load(x[i] + c);
     for (int q = 0; q < Q; ++q) {
-      const vec<T> w = load(W + q * C + c);
-      for (int i = 0; i < R; ++i) acc[i][q] += xs[i] * w;
+      vec<T> w = load(W + q * C + c);
+      hold(w);
+      for (int i = 0; i < R; ++i) acc[i * ranks<T> + q] += xs[i] * w;
     }
   });
+  static_assert(MOST == L || MOST == 2 * L || 2 * MOST == L);
+  wide<T> total[MOST + L];
+  for (int j = 0; j < MOST; j += L) store(total + j, sums<vec<T>, L / 2>(acc + j));
   for (int i = 0; i < R; ++i)
-    for (int q = 0; q < Q; ++q) out[i * r + q] = sum(acc[i][q]);
+    for (int q = 0; q < Q; ++q) out[i * r + q] = total[i * ranks<T> + q];
 }
 
-// out[i][k] = x[i] · W[k] for R rows and all r ranks.
-template <class T, int R>
-void dots(const T* const* x, const wide<T>* W, int64_t C, int64_t r, wide<T>* out) {
-  int64_t k = 0;
-  for (; k + 4 <= r; k += 4) dot_block<T, R, 4>(x, W + k * C, C, out + k, r);
-  if (r - k == 3) dot_block<T, R, 3>(x, W + k * C, C, out + k, r);
-  if (r - k == 2) dot_block<T, R, 2>(x, W + k * C, C, out + k, r);
-  if (r - k == 1) dot_block<T, R, 1>(x, W + k * C, C, out + k, r);
+// body(first, n) over count things in groups of n = N, then in halves of that: n is a compile-time constant.
+template <int N, class Body>
+inline __attribute__((always_inline)) void in_groups(int64_t count, const Body& body, int64_t first = 0) {
+  for (; first + N <= count; first += N) body(first, std::integral_constant<int, N>{});
+  if constexpr (N > 1)
+    if (first < count) in_groups<N / 2>(count, body, first);
+}
+
+// out[i][k] = x[i] · W[k] for all rows of a tile and all r ranks: each rank's weights are read once a tile.
+template <class T>
+void dots(const T* const* x, int64_t rows, const wide<T>* W, int64_t C, int64_t r, wide<T>* out) {
+  in_groups<ranks<T>>(r, [&](int64_t k, auto Q) {
+    in_groups<ROWS>(rows, [&](int64_t i, auto R) { dot_block<T, R, Q>(x + i, W + k * C, C, out + i * r + k, r); });
+  });
 }
 
 // out[i][c] = x[i][c] + Σ_k f[i][k] W[k][c] for R rows and V vectors of columns.
 template <class T, int R, int V, class Load, class Store>
 inline __attribute__((always_inline)) void add_block(const T* const* x, T* const* out, const wide<T>* f, const wide<T>* W,
-                                                     int64_t C, int64_t r, int64_t c, Load load, Store store) {
+                                                     int64_t C, int64_t r, int64_t c, Load load, Store store, const T* const* next) {
   vec<T> acc[R][V];
+  if (next)
+    for (int i = 0; i < R; ++i)
+      for (int v = 0; v < V; v += 64 / (lanes<T> * sizeof(T))) __builtin_prefetch(next[i] + c + v * lanes<T>,0,2);
   for (int i = 0; i < R; ++i)
     for (int v = 0; v < V; ++v) acc[i][v] = load(x[i] + c + v * lanes<T>);
   for (int64_t k = 0; k < r; ++k) {
     vec<T> w[V];
-    for (int v = 0; v < V; ++v) w[v] = load(W + k * C + c + v * lanes<T>);
+    for (int v = 0; v < V; ++v) w[v] = load(W + k * C + c + v * lanes<T>), hold(w[v]);
     for (int i = 0; i < R; ++i)
       for (int v = 0; v < V; ++v) acc[i][v] += f[i * r + k] * w[v];
   }
@@ -92,53 +109,54 @@ inline __attribute__((always_inline)) void add_block(const T* const* x, T* const
 // The same for columns begin … end of R rows.
 template <class T, int R>
 void add_products(const T* const* x, T* const* out, const wide<T>* f, const wide<T>* W, int64_t C, int64_t r,
-                  int64_t begin, int64_t end) {
+                  int64_t begin, int64_t end, const T* const* next = nullptr) {
   constexpr int64_t L = lanes<T>;
   const auto whole_load = [](auto* p) __attribute__((always_inline)) { return load(p); };
   const auto whole_store = [](auto* p, auto v) __attribute__((always_inline)) { store(p, v); };
   int64_t c = begin;
   for (; c + VECTORS * L <= end; c += VECTORS * L)
-    add_block<T, R, VECTORS>(x, out, f, W, C, r, c, whole_load, whole_store);
-  for (; c + L <= end; c += L) add_block<T, R, 1>(x, out, f, W, C, r, c, whole_load, whole_store);
+    add_block<T, R, VECTORS>(x, out, f, W, C, r, c, whole_load, whole_store, next);
+  for (; c + L <= end; c += L) add_block<T, R, 1>(x, out, f, W, C, r, c, whole_load, whole_store, next);
   if (const int64_t n = end - c)
     add_block<T, R, 1>(x, out, f, W, C, r, c, [n](auto* p) { return load(p, n); },
-                       [n](auto* p, auto v) { store(p, v, n); });
+                       [n](auto* p, auto v) { store(p, v, n); }, next);
 }
 
-// body(first, R) over count rows in fours, and the rest as one smaller group, R a compile-time constant.
-template <class Body>
-void in_fours(int64_t count, const Body& body) {
-  int64_t i = 0;
-  for (; i + 4 <= count; i += 4) body(i, std::integral_constant<int, 4>{});
-  if (count - i == 3) body(i, std::integral_constant<int, 3>{});
-  if (count - i == 2) body(i, std::integral_constant<int, 2>{});
-  if (count - i == 1) body(i, std::integral_constant<int, 1>{});
-}
+// Weights of the backward pass, and the sums of their gradients, are packed so that what meets one vector of columns is
+// contiguous: vector v of rank k at [(v * r + k) * lanes], zeros beyond the last column.
+template <class F>
+struct Packed {
+  static int64_t size(int64_t C, int64_t r) { return (C + lanes<F> - 1) / lanes<F> * lanes<F> * r; }
+  static int64_t at(int64_t c, int64_t k, int64_t r) { return (c / lanes<F> * r + k) * lanes<F> + c % lanes<F>; }
+};
 
-// sums[k][c] += Σ_i f[i][k] x[i][c] for the rows of a tile, in Q ranks × V vectors of accumulators; x is packed, XS apart.
-template <class F, int Q, int V>
-void outer_block(const F* x, int64_t XS, const F* f, int64_t r, int64_t rows, F* sums, int64_t C) {
-  using W = vec<F>;
-  W acc[Q][V];
-  for (int q = 0; q < Q; ++q)
-    for (int v = 0; v < V; ++v) acc[q][v] = load(sums + q * C + v * lanes<F>);
-  for (int64_t i = 0; i < rows; ++i) {
-    W xs[V];
-    for (int v = 0; v < V; ++v) xs[v] = load(x + i * XS + v * lanes<F>);
-    for (int q = 0; q < Q; ++q)
-      for (int v = 0; v < V; ++v) acc[q][v] += f[i * r + q] * xs[v];
-  }
-  for (int q = 0; q < Q; ++q)
-    for (int v = 0; v < V; ++v) store(sums + q * C + v * lanes<F>, acc[q][v]);
-}
-
-template <class F, int V>
-void outer(const F* x, int64_t XS, const F* f, int64_t r, int64_t rows, F* sums, int64_t C) {
-  int64_t k = 0;
-  for (; k + 4 <= r; k += 4) outer_block<F, 4, V>(x, XS, f + k, r, rows, sums + k * C, C);
-  if (r - k == 3) outer_block<F, 3, V>(x, XS, f + k, r, rows, sums + k * C, C);
-  if (r - k == 2) outer_block<F, 2, V>(x, XS, f + k, r, rows, sums + k * C, C);
-  if (r - k == 1) outer_block<F, 1, V>(x, XS, f + k, r, rows, sums + k * C, C);
+// One pass over columns begin … end of R rows: dh = g + Dᵀu, dD += u hᵀ, dA += δ gᵀ. D, dD and dA are packed.
+template <class T, int R, bool WANT_H, bool WANT_WEIGHTS>
+void gradients(const T* const* g, const T* const* h, T* const* dh, const wide<T>* u, const wide<T>* delta,
+               const wide<T>* D, wide<T>* dD, wide<T>* dA, int64_t r, int64_t begin, int64_t end) {
+  constexpr int64_t L = lanes<T>;
+  D += begin * r, dD += begin * r, dA += begin * r;
+  over_row<T>(end - begin, [&](int64_t c, auto load_row, auto store_row) __attribute__((always_inline)) {
+    vec<T> gs[R], hs[R], acc[R];
+    for (int i = 0; i < R; ++i) {
+      acc[i] = gs[i] = load_row(g[i] + begin + c);
+      if (WANT_WEIGHTS) hs[i] = load_row(h[i] + begin + c);
+    }
+    for (int64_t k = 0; k < r; ++k, D += L, dD += L, dA += L) {
+      if (WANT_H) {
+        vec<T> w = load(D);
+        hold(w);
+        for (int i = 0; i < R; ++i) acc[i] += u[i * r + k] * w;
+      }
+      if (WANT_WEIGHTS) {
+        vec<T> down = load(dD), up = load(dA);
+        for (int i = 0; i < R; ++i) down += u[i * r + k] * hs[i], up += delta[i * r + k] * gs[i];
+        store(dD, down), store(dA, up);
+      }
+    }
+    if (WANT_H)
+      for (int i = 0; i < R; ++i) store_row(dh[i] + begin + c, acc[i]);
+  });
 }
 
 // A weight in the arithmetic's type: itself, or a converted copy, rows padded to `stride`.
@@ -166,120 +184,116 @@ void forward(const Edit& e, const EditForward& f) {
   const Wide<F> D(f.down, e.weight_dtype, e.K * r * C), A(f.up, e.weight_dtype, e.K * r * C), b(f.bias, e.weight_dtype, e.K * r);
   const std::vector<Group> groups = group_rows(e);
   if (f.delta && (e.positions.data || e.tasks.data)) std::fill_n((F*)f.delta, N * r, F(0));
+  // Four rows at a time while D and A fit in a core's cache, otherwise more rows share one reading of them.
+  const int64_t tile = 2 * r * C * sizeof(F) <= (512 << 10) ? 4 : 16, width = VECTORS * lanes<T>;
   for (const Group& group : groups) {
     const F *down = D.data + group.bank * r * C, *up = A.data + group.bank * r * C, *bias = b.data + group.bank * r;
     constexpr int64_t PIECE = 16;
     parallel((group.count + PIECE - 1) / PIECE, [&](int64_t piece) {
-      std::vector<F> delta(4 * r);
-      const int64_t begin = piece * PIECE;
-      in_fours(std::min(PIECE, group.count - begin), [&](int64_t first, auto R) {
-        const T* x[R];
-        T* out[R];
-        for (int i = 0; i < R; ++i) {
-          const int64_t n = group[begin + first + i];
+      std::vector<F> delta(tile * r);
+      const int64_t end = std::min((piece + 1) * PIECE, group.count);
+      for (int64_t begin = piece * PIECE; begin < end; begin += tile) {
+        const T* x[PIECE];
+        T* out[PIECE];
+        const int64_t rows = std::min(tile, end - begin);const T*next[4];for(int i=0;i<4;++i)next[i]=row<T>(e, f.h, group[std::min(begin + 4 + i, group.count - 1)]);
+        for (int64_t i = 0; i < rows; ++i) {
+          const int64_t n = group[begin + i];
           x[i] = row<T>(e, f.h, n), out[i] = row<T>(e, f.out, n);
           if (f.rows) std::memcpy((T*)f.rows + n * C, x[i], C * sizeof(T));
         }
-        dots<T, R>(x, down, C, r, delta.data());
-        for (int i = 0; i < R; ++i)
+        dots<T>(x, rows, down, C, r, delta.data());
+        for (int64_t i = 0; i < rows; ++i) {
           for (int64_t k = 0; k < r; ++k) delta[i * r + k] += bias[k];
-        if (f.delta)
-          for (int i = 0; i < R; ++i)
-            std::copy_n(&delta[i * r], r, (F*)f.delta + group[begin + first + i] * r);
-        add_products<T, R>(x, out, delta.data(), up, C, r, 0, C);
-      });
+          if (f.delta) std::copy_n(&delta[i * r], r, (F*)f.delta + group[begin + i] * r);
+        }
+        for (int64_t c = 0; c < C; c += rows > 4 ? width : C)
+          in_groups<ROWS>(rows, [&](int64_t i, auto R) {
+            add_products<T, R>(x + i, out + i, &delta[i * r], up, C, r, c, rows > 4 ? std::min(c + width, C) : C, rows>4?nullptr:next);
+          });
+      }
     });
   }
 }
 
 // ---- backward ---------------------------------------------------------------------------------------------------------
 
-// One tile of at most TILE rows: dh, and the tile's share of dD, dA (r, C) and db (r), added to `sums`.
-template <class T>
-void backward_tile(const T* const* g, const T* const* h, T* const* dh, const wide<T>* delta, int64_t rows, const wide<T>* D,
-                   const wide<T>* A, int64_t C, int64_t r, wide<T>* u, wide<T>* dD, wide<T>* dA, wide<T>* db) {
-  using F = wide<T>;
-  constexpr int64_t L = lanes<T>, WIDTH = VECTORS * L;
-  in_fours(rows, [&](int64_t i, auto R) { dots<T, R>(g + i, A, C, r, u + i * r); });
-  if (db)
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t k = 0; k < r; ++k) db[k] += u[i * r + k];
-  alignas(64) F packed_g[TILE * WIDTH], packed_h[TILE * WIDTH];
-  for (int64_t c = 0; c < C; c += WIDTH) {
-    const int64_t end = std::min(c + WIDTH, C);
-    if (db) {
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = c, q = i * WIDTH; j < end; j += L, q += L) {
-          const bool whole = j + L <= end;
-          store(packed_g + q, whole ? load(g[i] + j) : load(g[i] + j, end - j));
-          store(packed_h + q, whole ? load(h[i] + j) : load(h[i] + j, end - j));
-          __builtin_prefetch(h[i] + j + WIDTH);
-        }
-    }
-    if (dh) in_fours(rows, [&](int64_t i, auto R) { add_products<T, R>(g + i, dh + i, u + i * r, D, C, r, c, end); });
-    if (!db) continue;
-    if (end - c == WIDTH) {
-      outer<F, VECTORS>(packed_h, WIDTH, u, r, rows, dD + c, C);
-      outer<F, VECTORS>(packed_g, WIDTH, delta, r, rows, dA + c, C);
-    } else {
-      for (int64_t k = 0; k < r; ++k)
-        for (int64_t i = 0; i < rows; ++i)
-          for (int64_t j = 0; j < end - c; ++j) {
-            dD[k * C + c + j] += u[i * r + k] * packed_h[i * WIDTH + j];
-            dA[k * C + c + j] += delta[i * r + k] * packed_g[i * WIDTH + j];
-          }
-    }
-  }
-}
+constexpr int WIDE_TILE = 64, GROUP = VECTOR_BYTES / 8;   // rows per tile at most; rows per pass: 8 with 32 registers, else 4
 
 template <class T>
 void backward(const Edit& e, const EditBackward& f) {
   using F = wide<T>;
   const int64_t C = e.C, r = e.r;
   const Wide<F> D(f.down, e.weight_dtype, e.K * r * C), A(f.up, e.weight_dtype, e.K * r * C);
-  if (f.ddown)
+  const bool want_weights = f.ddown, want_h = f.dh.data;
+  if (want_weights)
     with_type(e.weight_dtype, [&](auto t) {
       using W = decltype(t);
       std::memset(f.ddown, 0, e.K * r * C * sizeof(W));
       std::memset(f.dup, 0, e.K * r * C * sizeof(W));
       std::memset(f.dbias, 0, e.K * r * sizeof(W));
     });
+  // Where D, dD and dA fit in a core's cache, a tile is one pass over whole rows, read in memory's order; otherwise many rows
+  // share a block of columns, whose weights then stay in cache.
+  const bool small = 3 * r * C * sizeof(F) <= (512 << 10);
+  const int64_t tile = small ? GROUP : WIDE_TILE, L = lanes<F>;
+  const int64_t width = small ? C : std::max<int64_t>(4 * L, (64 << 10) / (r * sizeof(F)) / L * L);
   for (const Group& group : group_rows(e)) {
     const F *down = D.data + group.bank * r * C, *up = A.data + group.bank * r * C;
+    const int64_t size = Packed<F>::size(C, r);
+    std::vector<F> packed_down(want_h ? size : 0);
+    if (want_h)
+      for (int64_t k = 0; k < r; ++k)
+        for (int64_t c = 0; c < C; ++c) packed_down[Packed<F>::at(c, k, r)] = down[k * C + c];
     // Pieces of rows, each with its own sums, added up in their order: the sizes alone decide how many.
-    const int64_t size = f.ddown ? r * (2 * C + 1) : 0, least = std::clamp<int64_t>(32 * r, 64, 256);
-    const int64_t most = std::clamp<int64_t>((8 << 20) / (int64_t)(sizeof(F) * (size + 1)), 1, 16);
+    const int64_t stride = want_weights ? 2 * size + (r + L - 1) / L * L : 0, least = std::clamp<int64_t>(32 * r, 64, 256);
+    const int64_t most = std::clamp<int64_t>((8 << 20) / (int64_t)(sizeof(F) * (stride + 1)), 1, 16);
     const int64_t pieces = std::clamp<int64_t>(group.count / least, 1, most);
-    std::vector<F> sums(pieces * size);
+    std::vector<F> sums(pieces * stride);
     parallel(pieces, [&](int64_t piece) {
-      std::vector<F> u(TILE * r), delta(TILE * r);
-      F* mine = sums.data() + piece * size;
+      std::vector<F> u(tile * r), delta(tile * r);
+      F *dD = sums.data() + piece * stride, *dA = dD + size, *db = dA + size;
       const int64_t end = group.count * (piece + 1) / pieces;
-      for (int64_t begin = group.count * piece / pieces; begin < end; begin += TILE) {
-        const int64_t rows = std::min<int64_t>(TILE, end - begin);
-        const T *g[TILE], *h[TILE];
-        T* dh[TILE];
+      for (int64_t begin = group.count * piece / pieces; begin < end; begin += tile) {
+        const int64_t rows = std::min<int64_t>(tile, end - begin);
+        const T *g[WIDE_TILE], *h[WIDE_TILE];
+        T* dh[WIDE_TILE];
         for (int64_t i = 0; i < rows; ++i) {
           const int64_t n = group[begin + i];
           g[i] = row<T>(e, f.g, n);
           h[i] = f.rows ? (const T*)f.rows + n * C : row<T>(e, f.h, n);
-          if (f.dh.data) dh[i] = row<T>(e, f.dh, n);
+          if (want_h) dh[i] = row<T>(e, f.dh, n);
           std::copy_n((const F*)f.delta + n * r, r, &delta[i * r]);
         }
-        backward_tile<T>(g, h, f.dh.data ? dh : nullptr, delta.data(), rows, down, up, C, r, u.data(), mine, mine + r * C,
-                         f.ddown ? mine + 2 * r * C : nullptr);
+        dots<T>(g, rows, up, C, r, u.data());
+        if (want_weights)
+          for (int64_t i = 0; i < rows; ++i)
+            for (int64_t k = 0; k < r; ++k) db[k] += u[i * r + k];
+        for (int64_t c = 0; c < C; c += width)
+          in_groups<GROUP>(rows, [&](int64_t i, auto R) {
+            const auto pass = [&](auto H, auto W) {
+              gradients<T, R, H.value, W.value>(g + i, h + i, dh + i, &u[i * r], &delta[i * r], packed_down.data(), dD, dA, r,
+                                                c, std::min(c + width, C));
+            };
+            if (want_h && want_weights) pass(std::true_type{}, std::true_type{});
+            else if (want_h) pass(std::true_type{}, std::false_type{});
+            else if (want_weights) pass(std::false_type{}, std::true_type{});
+          });
       }
     });
-    if (!f.ddown) continue;
+    if (!want_weights) continue;
     for (int64_t piece = 1; piece < pieces; ++piece)
-      for (int64_t i = 0; i < size; ++i) sums[i] += sums[piece * size + i];
+      for (int64_t i = 0; i < stride; ++i) sums[i] += sums[piece * stride + i];
     with_type(e.weight_dtype, [&](auto t) {
       using W = decltype(t);
       if constexpr (std::is_same_v<wide<W>, F>) {
-        const auto put = [&](void* to, const F* from, int64_t count) {
-          for (int64_t i = 0; i < count; ++i) narrow(from[i], ((W*)to)[group.bank * count + i]);
-        };
-        put(f.ddown, sums.data(), r * C), put(f.dup, sums.data() + r * C, r * C), put(f.dbias, sums.data() + 2 * r * C, r);
+        W *ddown = (W*)f.ddown + group.bank * r * C, *dup = (W*)f.dup + group.bank * r * C, *dbias = (W*)f.dbias + group.bank * r;
+        for (int64_t k = 0; k < r; ++k) {
+          for (int64_t c = 0; c < C; ++c) {
+            narrow(sums[Packed<F>::at(c, k, r)], ddown[k * C + c]);
+            narrow(sums[size + Packed<F>::at(c, k, r)], dup[k * C + c]);
+          }
+          narrow(sums[2 * size + k], dbias[k]);
+        }
       }
     });
   }

@@ -10,28 +10,53 @@
 namespace minireft::cpu {
 namespace {
 
-constexpr int BLOCKS = 16;  // counters turned over together: channels c … c + 63
+constexpr int BLOCKS = lanes<float>;  // counters turned over together, each for four channels
 
-struct Words { uint32_t w[4][BLOCKS]; };
+typedef uint64_t vecu64 __attribute__((vector_size(VECTOR_BYTES)));
+struct Words { vecu w[4]; };
 
-Words philox(uint32_t row_low, uint32_t row_high, uint32_t index, uint32_t block, uint32_t k0, uint32_t k1) {
-  Words x;
-  for (int j = 0; j < BLOCKS; ++j) x.w[0][j] = row_low, x.w[1][j] = row_high, x.w[2][j] = index, x.w[3][j] = block + j;
-  for (int round = 0; round < 10; ++round) {
-    for (int j = 0; j < BLOCKS; ++j) {
-      const uint64_t p = uint64_t(0xD2511F53) * x.w[0][j], q = uint64_t(0xCD9E8D57) * x.w[2][j];
-      const uint32_t a = uint32_t(q >> 32) ^ x.w[1][j] ^ k0, b = uint32_t(p >> 32) ^ x.w[3][j] ^ k1;
-      x.w[0][j] = a, x.w[1][j] = uint32_t(q), x.w[2][j] = b, x.w[3][j] = uint32_t(p);
-    }
-    k0 += 0x9E3779B9, k1 += 0xBB67AE85;
-  }
-  return x;
+// The high and the low halves of the 64-bit products of 32-bit numbers.
+void multiply(vecu x, uint32_t by, vecu& high, vecu& low) {
+  const vecu64 even = ((vecu64)x & 0xffffffff), odd = (vecu64)x >> 32;
+#if defined(__AVX512F__)
+  const vecu64 factor = vecu64{} + by, p = (vecu64)_mm512_mul_epu32((__m512i)even, (__m512i)factor),
+               q = (vecu64)_mm512_mul_epu32((__m512i)odd, (__m512i)factor);
+#elif defined(__AVX2__)
+  const vecu64 factor = vecu64{} + by, p = (vecu64)_mm256_mul_epu32((__m256i)even, (__m256i)factor),
+               q = (vecu64)_mm256_mul_epu32((__m256i)odd, (__m256i)factor);
+#else
+  const vecu64 p = even * by, q = odd * by;
+#endif
+  high = (vecu)((p >> 32) | (q & 0xffffffff00000000)), low = (vecu)((p & 0xffffffff) | (q << 32));
 }
 
-// ε for 64 channels, in the order of the channels.
+Words philox(uint32_t row_low, uint32_t row_high, uint32_t index, uint32_t block, uint32_t k0, uint32_t k1) {
+  vecu c0 = vecu{} + row_low, c1 = vecu{} + row_high, c2 = vecu{} + index, c3;
+  for (int j = 0; j < BLOCKS; ++j) c3[j] = block + j;
+  for (int round = 0; round < 10; ++round) {
+    vecu high0, low0, high2, low2;
+    multiply(c0, 0xD2511F53, high0, low0), multiply(c2, 0xCD9E8D57, high2, low2);
+    c0 = high2 ^ c1 ^ k0, c1 = low2, c2 = high0 ^ c3 ^ k1, c3 = low0;
+    k0 += 0x9E3779B9, k1 += 0xBB67AE85;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// a[0], b[0], a[1], b[1], ...: the first half in low, the second in high.
+template <int... I>
+void interleave(vecf a, vecf b, vecf& low, vecf& high, std::integer_sequence<int, I...>) {
+  low = __builtin_shufflevector(a, b, (I / 2 + I % 2 * BLOCKS)...);
+  high = __builtin_shufflevector(a, b, (I / 2 + BLOCKS / 2 + I % 2 * BLOCKS)...);
+}
+
+// ε for 4 · BLOCKS channels, in the order of the channels.
 void uniform(const Words& x, float* eps) {
-  for (int j = 0; j < BLOCKS; ++j)
-    for (int i = 0; i < 4; ++i) eps[4 * j + i] = (float(int32_t(x.w[i][j]) >> 8) + 0.5f) * 0x1p-23f;
+  vecf e[4], a, b, c, d;
+  for (int i = 0; i < 4; ++i) e[i] = (__builtin_convertvector((veci)x.w[i] >> 8, vecf) + 0.5f) * 0x1p-23f;
+  const auto order = std::make_integer_sequence<int, BLOCKS>{};
+  interleave(e[0], e[2], a, b, order), interleave(e[1], e[3], c, d, order);
+  interleave(a, c, e[0], e[1], order), interleave(b, d, e[2], e[3], order);
+  for (int i = 0; i < 4; ++i) store(eps + i * BLOCKS, e[i]);
 }
 
 void gaussian(const Words& x, float* eps) {
@@ -56,8 +81,8 @@ void forward(const Noise& z, const NoiseForward& f) {
       const int64_t id = z.rows.data ? at(z.rows, b, t) : b;
       int64_t length = z.lengths.data ? at(z.lengths, b, t) : z.T;
       if (z.lengths.data && z.lengths.stride_p == 0 && (index < 0 || index >= length)) length = 0;
-      const T* x = (const T*)f.weight + at(z.ids, b, t) * C;
-      T* out = (T*)f.out + n * C;
+      const T* __restrict x = (const T*)f.weight + at(z.ids, b, t) * C;
+      T* __restrict out = (T*)f.out + n * C;
       if (length <= 0) {
         std::memcpy(out, x, C * sizeof(T));
         continue;

@@ -41,7 +41,7 @@ void forward(const Scale& z, const ScaleForward& f) {
       const wide<T>* scale = &l[bank_of(z, b) * f.C];
       over_row<T>(f.C, [&](int64_t c, auto load, auto store) __attribute__((always_inline)) {
         vec<T> value, slope;
-        activate<A>(load(x + c), value, slope);
+        activate<A, std::is_same_v<T, bf16>>(load(x + c), value, slope);
         if constexpr (A == Activation::swiglu) value *= load(up + c);
         store(out + c, value * load(scale + c));
       });
@@ -66,7 +66,7 @@ void backward(const Scale& z, const ScaleBackward& f) {
       const F* scale = &l[bank_of(z, b) * C];
       over_row<T>(C, [&](int64_t c, auto load, auto store) __attribute__((always_inline)) {
         vec<T> value, slope;
-        activate<A>(load(x + c), value, slope);
+        activate<A, std::is_same_v<T, bf16>>(load(x + c), value, slope);
         const vec<T> gradient = load(g + c), scaled = gradient * load(scale + c);
         if constexpr (A == Activation::swiglu) {
           const vec<T> u = load(up + c);

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -56,7 +57,13 @@ inline void narrow(float x, bf16& out) {  // to nearest, ties to even; NaN stays
 
 inline vecf load(const float* p) { return read<vecf>(p); }
 inline vec<double> load(const double* p) { return read<vec<double>>(p); }
-inline vecf load(const bf16* p) { return (vecf)(__builtin_convertvector(read<half_bits>(p), vecu) << 16); }
+inline vecf load(const bf16* p) {
+#ifdef __AVX512F__
+  return (vecf)((vecu)_mm512_cvtepu16_epi32(read<__m256i>(p)) << 16);
+#else
+  return (vecf)(__builtin_convertvector(read<half_bits>(p), vecu) << 16);
+#endif
+}
 inline vecf load(const f16* p) {
 #if defined(__AVX512F__)
   return (vecf)_mm512_cvtph_ps(read<__m256i>(p));
@@ -73,7 +80,12 @@ inline void store(float* p, vecf v) { write(p, v); }
 inline void store(double* p, vec<double> v) { write(p, v); }
 inline void store(bf16* p, vecf v) {
   const vecu bits = (vecu)v, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  write(p, __builtin_convertvector((vecu)(v != v ? (vecu){} + 0x7fc0 : rounded), half_bits));
+  const vecu result = v != v ? (vecu){} + 0x7fc0 : rounded;
+#ifdef __AVX512F__
+  write(p, _mm512_cvtepi32_epi16((__m512i)result));
+#else
+  write(p, __builtin_convertvector(result, half_bits));
+#endif
 }
 inline void store(f16* p, vecf v) {
 #if defined(__AVX512F__)
@@ -106,25 +118,26 @@ inline __attribute__((always_inline)) void over_row(int64_t C, const Body& body)
     body(c, [n](auto* p) { return load(p, n); }, [n](auto* p, auto v) { store(p, v, n); });
 }
 
-inline double sum(vec<double> v) {
-  double s = 0;
-  for (int i = 0; i < lanes<double>; ++i) s += v[i];
-  return s;
-}
-inline float sum(vecf v) {
-  typedef float quarter __attribute__((vector_size(16)));
-  typedef float half __attribute__((vector_size(32)));
-#ifdef __AVX512F__
-  half low, high;
-  std::memcpy(&low, &v, 32), std::memcpy(&high, (const char*)&v + 32, 32);
-  const half h = low + high;
-#else
-  const half h = v;
+// Says that v is to stay in a register: otherwise gcc may load it again for each use.
+template <class V> inline __attribute__((always_inline)) void hold(V& v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
 #endif
-  quarter a, b;
-  std::memcpy(&a, &h, 16), std::memcpy(&b, (const char*)&h + 16, 16);
-  const quarter q = a + b;
-  return (q[0] + q[2]) + (q[1] + q[3]);
+}
+
+// Lane m of the result is the sum of all lanes of v[m]: as many vectors as lanes, folded in halves, quarters, ...
+template <class V, int S, int... I>
+inline V fold(V a, V b, std::integer_sequence<int, I...>) {
+  constexpr int n = sizeof...(I);
+  return __builtin_shufflevector(a, b, (I / (2 * S) * 2 * S + I % S + (I % (2 * S) < S ? 0 : n))...) +
+         __builtin_shufflevector(a, b, (I / (2 * S) * 2 * S + I % S + S + (I % (2 * S) < S ? 0 : n))...);
+}
+template <class V, int S>
+inline __attribute__((always_inline)) V sums(V* v) {
+  constexpr int n = sizeof(V) / sizeof(v[0][0]);
+  for (int i = 0; i < S; ++i) v[i] = fold<V, S>(v[i], v[i + S], std::make_integer_sequence<int, n>{});
+  if constexpr (S == 1) return v[0];
+  else return sums<V, S / 2>(v);
 }
 
 // Calls body(T{}) for the C++ type of a dtype.
