@@ -411,3 +411,136 @@ def test_llama2c_tokenizer_beside_its_model(tmp_path):
     (tmp_path / name).write_bytes((tmp_path / "tokenizer.bin").read_bytes()[:-1])
     with pytest.raises(ValueError, match="no llama2.c tokenizer"):
         minireft.load(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------- pyreft
+
+def write_pyreft(folder, kind: str, layers, tied: bool, rank: int = 3, C: int = 16, turn=lambda state: state) -> dict:
+    """A folder as pyreft 0.1.0 saves it; returns {(layer, part): its tensors}."""
+    folder.mkdir(exist_ok=True)
+    keys, states = [], {}
+    for part in range(1 if tied else 2):
+        for layer in layers:
+            R = torch.linalg.qr(draw(C, rank))[0]                         # orthonormal columns
+            W, b = draw(rank, C), draw(rank)
+            state = {"weight": W, "bias": b, "rotate_layer": R} if kind == "LoreftIntervention" else {
+                "embed_dim": torch.tensor(C), "interchange_dim": torch.tensor(C), "proj_layer.weight": draw(rank, C),
+                "learned_source.weight": W, "learned_source.bias": b}
+            keys.append(f"layer_{layer}_comp_block_output_unit_pos_nunit_1#{part}")
+            states[layer, part] = turn(state)
+            torch.save(states[layer, part], folder / f"intkey_{keys[-1]}.bin")
+    (folder / "config.json").write_text(json.dumps({
+        "intervention_constant_sources": [True] * len(keys), "intervention_dimensions": [C] * len(keys),
+        "intervention_types": [f"<class 'pyreft.interventions.{kind}'>"] * len(keys), "mode": "parallel", "sorted_keys": keys,
+        "representations": [[int(key[6]), "block_output", "pos", 1, rank, *[None] * 9] for key in keys], "transformers_version": "4.45.1"}))
+    return states
+
+
+def by_hand(kind: str, state: dict, h):
+    """An intervention's formula on one state h (C,), from the tensors as pyreft names them."""
+    s = {name: t.double().numpy() for name, t in state.items()}
+    if kind == "LoreftIntervention":                                      # h + Rᵀ(W h + b − R h); rotate_layer is Rᵀ
+        return h + s["rotate_layer"] @ (s["weight"] @ h + s["bias"] - s["rotate_layer"].T @ h)
+    W2, source = s["proj_layer.weight"], s["learned_source.weight"] @ h + s["learned_source.bias"]
+    return h + W2.T @ (source - W2 @ h if kind == "NoreftIntervention" else source)
+
+
+KINDS = {"LoreftIntervention": minireft.LoReFT, "NodireftIntervention": minireft.DiReFT, "NoreftIntervention": minireft.NoReFT}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tied", (True, False))
+def test_pyreft_folders(tmp_path, kind, tied):
+    states, model = write_pyreft(tmp_path / "reft", kind, (2, 0), tied), small.model("llama")
+    reft = minireft.load_adapter(model, tmp_path / "reft", positions="f2+l1")
+    assert type(reft) is KINDS[kind] and not reft.attached and reft.base is None and reft.layers == [0, 2] and reft.tied == tied
+
+    def edit(layer, h):                                                   # f2+l1 of seven tokens
+        for position in (0, 1, 6) if layer in (0, 2) else ():
+            h[position] = by_hand(kind, states[layer, 0 if tied or position < 2 else 1], h[position])
+        return h
+    with reft, torch.no_grad():
+        logits = model(torch.tensor([IDS]))[0].double().numpy()
+    assert np.abs(logits - plain.logits(model, list(IDS), edit=edit)).max() < 1e-4
+    assert np.abs(logits - plain.logits(model, list(IDS))).max() > 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tied", (True, False))
+def test_pyreft_there_and_back(tmp_path, kind, tied):
+    model = small.model("gpt2")
+    reft = small.randomise(KINDS[kind](model, rank=2, layers="0,1", positions="f3+l2", tied=tied))
+    pyreft.write(reft, tmp_path)
+    again = minireft.load_adapter(model, tmp_path, positions="f3+l2")
+    tokens, mask = small.pad(small.rows([9, 4]), "left")
+    with reft:
+        expected = model(tokens, mask)
+    with again:
+        assert type(again) is KINDS[kind] and (model(tokens, mask) - expected)[mask].abs().max() < 1e-5
+    assert minireft.load_adapter(model, tmp_path).options["positions"] == "f7+l7"          # what a folder does not say
+
+
+def test_a_bent_rotation_is_imported_as_what_it_computes(tmp_path):
+    model, bend = small.model("llama"), torch.tensor([1.0, 1.2, 0.9])
+    states = write_pyreft(tmp_path, "LoreftIntervention", (0,), True, turn=lambda s: {**s, "rotate_layer": s["rotate_layer"] * bend})
+    reft = minireft.load_adapter(model, tmp_path, positions="all")
+    edit = lambda layer, h: np.stack([by_hand("LoreftIntervention", states[0, 0], row) for row in h]) if layer == 0 else h
+    with reft, torch.no_grad():
+        assert np.abs(model(torch.tensor([IDS]))[0].numpy() - plain.logits(model, list(IDS), edit=edit)).max() < 1e-4
+    assert type(reft) is minireft.NoReFT
+
+
+def test_pyreft_blocks_by_their_module_names_and_activations_by_hand(tmp_path):
+    model = small.model("llama")
+    write_pyreft(tmp_path, "LoreftIntervention", (1,), True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["representations"][0][:2] = [0, "model.layers[1].output"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    reft = minireft.load_adapter(model, tmp_path, activation="gelu")
+    assert reft.layers == [1] and reft.options["activation"] == "gelu"
+
+
+def test_foreign_adapters_that_are_refused(tmp_path):
+    model, folder = small.model("llama"), tmp_path / "reft"
+
+    def refused(words, error=ValueError, after=lambda: None, **how):
+        shutil.rmtree(folder, ignore_errors=True)
+        write_pyreft(folder, **{"kind": "LoreftIntervention", "layers": (0, 1), "tied": True, **how})
+        after()
+        with pytest.raises(error, match=words):
+            minireft.load_adapter(model, folder)
+        assert not model.adapters
+
+    def set_in_config(change):
+        config = json.loads((folder / "config.json").read_text())
+        change(config)
+        (folder / "config.json").write_text(json.dumps(config))
+
+    first = "intkey_layer_0_comp_block_output_unit_pos_nunit_1#0.bin"
+    refused("holds DireftIntervention: expected one of Loreft", kind="DireftIntervention")
+    refused("does not fit this model: expected tensors", C=12)
+    refused("expected distinct numbers from 0 to 2", layers=(0, 7))
+    refused("no file .*#0.bin", FileNotFoundError, after=lambda: (folder / first).unlink())
+    refused("no saved intervention of that kind", after=lambda: (folder / first).write_bytes(b"junk"))
+    refused("no saved intervention of that kind", after=lambda: torch.save({"weight": draw(3, 16)}, folder / first))
+    refused("no saved intervention of that kind", after=lambda: torch.save(torch.nn.Linear(2, 2), folder / first))     # a pickled object
+    refused("mixes shapes", after=lambda: torch.save({"weight": draw(2, 16), "bias": draw(2), "rotate_layer": draw(16, 2)}, folder / first))
+    refused("edits 'mlp_output'", after=lambda: set_in_config(lambda c: c["representations"][0].__setitem__(1, "mlp_output")))
+    refused("has intervention_link_key 3", after=lambda: set_in_config(lambda c: c["representations"][0].__setitem__(9, 3)))
+    refused(r"\[1, 2\] interventions a layer", tied=False, after=lambda: set_in_config(
+        lambda c: [c[name].pop() for name in ("sorted_keys", "representations", "intervention_types")]))
+    refused("does not list its interventions", after=lambda: set_in_config(lambda c: c.pop("sorted_keys")))
+    refused("does not list its interventions", after=lambda: set_in_config(lambda c: c["representations"].pop()))
+    refused("holds no adapter that is known", after=lambda: (folder / "config.json").unlink())
+    refused("holds no adapter that is known", after=lambda: (folder / "config.json").write_text("{"))
+
+    reft = minireft.LoReFT(model, rank=2)
+    reft.save(tmp_path / "own")
+    with pytest.raises(ValueError, match="says positions itself"):
+        minireft.load_adapter(model, tmp_path / "own", positions="l1")
+    for adapter, words in ((minireft.LobiReFT(model), "pyreft has no LobiReFT"), (minireft.LoRA(model), "pyreft has no LoRA"),
+                           (minireft.LoReFT(model, site="attention_output"), "edits attention_output"),
+                           (minireft.DiReFT(model, activation="relu"), "activation relu")):
+        with pytest.raises(ValueError, match=words):
+            pyreft.write(adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

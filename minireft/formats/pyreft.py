@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
 import re
 from pathlib import Path
 
@@ -47,12 +46,16 @@ def read(folder) -> tuple[str, dict, dict[str, Tensor]]:
     """
     folder = Path(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    names = {re.sub(r"\W", "", name.rpartition(".")[2]) for name in config["intervention_types"]}
+    types, keys, representations = (config.get(name) for name in ("intervention_types", "sorted_keys", "representations"))
+    if not all(isinstance(found, list) and len(found) == len(types) for found in (types, keys, representations)):
+        raise ValueError(f"{folder / 'config.json'} does not list its interventions: expected as many intervention_types as sorted_keys "
+                         "and representations")
+    names = {re.sub(r"\W", "", str(name).rpartition(".")[2]) for name in types}
     if len(names) != 1 or not names <= KINDS.keys():
         raise ValueError(f"{folder} holds {', '.join(sorted(names)) or 'nothing'}: expected one of {', '.join(KINDS)} throughout")
     kind, table = KINDS[names.pop()]
     layers: dict[int, list] = {}                                          # layer → its interventions, in pyreft's order
-    for key, saved in zip(config["sorted_keys"], config["representations"]):
+    for key, saved in zip(keys, representations):
         layers.setdefault(layer_of(saved, folder), []).append(read_one(folder / f"intkey_{key}.bin", table))
     counts = {len(parts) for parts in layers.values()}
     if len(counts) != 1 or not counts <= {1, 2}:
@@ -68,13 +71,14 @@ def read(folder) -> tuple[str, dict, dict[str, Tensor]]:
 
 def layer_of(saved, folder: Path) -> int:
     fields = dict(zip(FIELDS, saved)) if isinstance(saved, list) else saved
-    named = BLOCK.fullmatch(fields["component"])
-    if fields["component"] != "block_output" and not named:
-        raise ValueError(f"{folder} edits {fields['component']!r}: expected block_output")
+    component, layer = str(fields.get("component")), fields.get("layer")
+    named = BLOCK.fullmatch(component)
+    if (component != "block_output" or not isinstance(layer, int)) and not named:
+        raise ValueError(f"{folder} edits {component!r} of layer {layer!r}: expected 'block_output' of a number")
     for name, expected in (("unit", "pos"), ("intervention_link_key", None), ("subspace_partition", None)):
         if fields.get(name, expected) != expected:
             raise ValueError(f"{folder} has {name} {fields[name]!r}: expected {expected!r}")
-    return int(named[1]) if named else fields["layer"]
+    return int(named[1]) if named else layer
 
 
 def read_one(path: Path, table: dict) -> dict[str, Tensor]:
@@ -83,7 +87,7 @@ def read_one(path: Path, table: dict) -> dict[str, Tensor]:
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
         return {ours: (state[theirs].T if turned else state[theirs]).float() for ours, (theirs, turned) in table.items()}
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError, TypeError) as error:
+    except Exception as error:                                            # torch.load raises whatever it stumbles over
         raise ValueError(f"{path} is no saved intervention of that kind ({type(error).__name__}: {str(error)[:80]}): "
                          f"expected tensors {', '.join(theirs for theirs, _ in table.values())} and nothing else") from error
 
