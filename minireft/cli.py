@@ -21,7 +21,7 @@ from minireft import adapters, tasks
 
 METHODS = {                             # what suits the shipped base: learning rate and steps, chosen on validation items
     "loreft": ("LoReFT", 1.5e-2), "direft": ("DiReFT", 1.5e-2), "ia3": ("IA3", 5e-2), "lora": ("LoRA", 6e-3), "full": (None, 5e-4)}
-PROGRAMS = {"bench": "kernels.py"}
+PROGRAMS = {"bench": "kernels.py", "profile": "profile_kernel.py"}
 OPTIONS = {                             # which option of `tune` belongs to which methods
     "rank": ("loreft", "direft", "lora"), "layers": ("loreft", "direft"), "positions": ("loreft", "direft"),
     "untied": ("loreft", "direft"), "sites": ("ia3", "lora")}
@@ -112,11 +112,16 @@ def pretrain(args) -> None:
 
 
 def bench(args) -> None:
-    """Runs a program that stands in benchmarks/, outside the package, with its own options."""
+    """Runs the program in benchmarks/, outside the package, that belongs to this command, with its own options."""
     program = Path(minireft.__file__).parent.parent / "benchmarks" / PROGRAMS[args.command]
     if not program.is_file():
         raise ValueError(f"`minireft {args.command}` needs benchmarks/{program.name}, which is not installed: run it in a clone of the source")
     sys.exit(subprocess.call([sys.executable, str(program), *args.options]))
+
+
+def profile(args) -> None:
+    """A program in benchmarks/, too."""
+    bench(args)
 
 
 # ----------------------------------------------------------------------------------------------------------------- shared
@@ -170,7 +175,8 @@ def number(kind, least, above=False):
 COMMANDS = {                            # in the order of --help
     "everyday": {demo: "tune the shipped base in several ways and see what changed", tune: "train one method on a task or on your own file",
                  generate: "continue a prompt", evaluate: "score a base or an adapter", doctor: "what is installed here, and what is missing"},
-    "tools": {pretrain: "train a base from nothing", bench: "time the kernels (in a clone; options go to benchmarks/kernels.py)"},
+    "tools": {pretrain: "train a base from nothing", bench: "time the CPU kernels beside plain PyTorch (in a clone)",
+              profile: "count what a CUDA kernel does, without a GPU (in a clone)"},
 }
 
 
@@ -184,7 +190,7 @@ def build_parser() -> argparse.ArgumentParser:
     p = {}
     for group in COMMANDS.values():
         for command, text in group.items():
-            p[command] = commands.add_parser(command.__name__, help=text, add_help=command is not bench, description=text[0].upper() + text[1:] + ".")
+            p[command] = commands.add_parser(command.__name__, help=text, add_help=command not in (bench, profile), description=text[0].upper() + text[1:] + ".")
             p[command].set_defaults(run=command)
 
     for command in (tune, generate, evaluate, demo):
@@ -242,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = build_parser()
     args, args.options = parser.parse_known_args(argv)
-    if args.options and args.run is not bench:
+    if args.options and args.run not in (bench, profile):
         parser.error(f"unrecognized arguments: {' '.join(args.options)}")
     args.argv = argv
     try:

@@ -102,6 +102,14 @@ def test_doctor_and_help():
     assert verbs[:5] == ["demo", "tune", "generate", "evaluate", "doctor"] and "pretrain" in verbs[5:]
 
 
+@pytest.mark.parametrize("tool", ["bench", "profile"])
+def test_tools_that_need_the_source(tool, tmp_path, refused, monkeypatch):
+    shown = minireft_process(tool, "--help")
+    assert shown.returncode == 0 and f"usage: minireft {tool}" in shown.stdout.replace("kernels.py", "minireft bench")
+    monkeypatch.setattr(minireft, "__file__", str(tmp_path / "minireft" / "__init__.py"))   # as when installed from a wheel
+    assert "run it in a clone of the source" in refused(tool)
+
+
 # ----------------------------------------------------------------------------------------------------- stopped and resumed
 
 def test_an_interrupted_run_says_how_to_resume_and_ends_in_the_same_bits(tiny_base, tmp_path):
