@@ -14,10 +14,7 @@
 #include <tuple>
 #include <vector>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
+#include "cpu/blocks.h"
 #include "cpu/parallel.h"
 #include "launchers.h"
 
@@ -152,26 +149,25 @@ struct Shape {  // of an activation tensor (..., C) split into B, T and C
   }
 };
 
+size_t bytes_of(Scalar dtype) {
+  return dtype == Scalar::Double ? 8 : dtype == Scalar::Float ? 4 : dtype == Scalar::Byte ? 1 : 2;
+}
+
 Tensor empty(const Tensor& like, const Sizes& sizes, Scalar dtype) {
   Sizes strides(sizes.size());
   int64_t numel = 1;
   for (size_t i = sizes.size(); i-- > 0; numel *= sizes[i]) strides[i] = numel > 0 ? numel : 1;
+  const size_t bytes = numel * bytes_of(dtype);
+  if (bytes >= cpu::LEAST_BLOCK && like.is_cpu())
+    if (void* data = cpu::blocks().take(bytes))
+      return torch::stable::from_blob(data, sizes, strides, like.device(), dtype, [](void* p) { cpu::blocks().give(p); });
   int32_t device_type;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       sizes.size(), sizes.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, like.get_device_index(), &handle));
-  Tensor t(handle);
-#ifdef __linux__
-  // A fresh large block costs more in page faults than in arithmetic: ask for 2 MiB pages, where the system lets us.
-  const int64_t page = 2 << 20, bytes = numel * (int64_t)t.element_size();
-  if (bytes >= 2 * page && t.is_cpu()) {
-    const int64_t begin = ((int64_t)t.data_ptr() + page - 1) / page * page;
-    madvise((void*)begin, ((int64_t)t.data_ptr() + bytes - begin) / page * page, MADV_HUGEPAGE);
-  }
-#endif
-  return t;
+  return Tensor(handle);
 }
 
 Tensor empty(const Tensor& like, const torch::headeronly::IntHeaderOnlyArrayRef& sizes) {
