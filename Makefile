@@ -3,6 +3,7 @@
 #   make demo         tune the shipped base by LoReFT, (IA)3, LoRA and in full, and see what changed (3 minutes)
 #   make test         the tests that need no GPU, no other library and little patience (15 minutes at most)
 #   make test-all     all of them
+#   make peers-pyreft hold imports, exports and logits against pyreft, in an environment of its own
 #   make tutorials    run every tutorial and render its page
 #   make bench        measure the kernels        make gpu     build the CUDA kernels and test them on this GPU
 #   make clean        remove what was built, and .venv
@@ -10,8 +11,8 @@
 # make demo PYTHON=/path/to/python uses that environment, which has torch, and leaves .venv alone.
 
 BOOT ?= python3
-ifdef PYTHON
-  INSTALLED :=
+ifeq ($(origin PYTHON),command line)
+  INSTALLED := given
 else
   PYTHON := .venv/bin/python
   INSTALLED := .venv/installed
@@ -20,7 +21,7 @@ endif
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all tutorials bench gpu kernels clean
+.PHONY: demo test test-all peers-pyreft tutorials bench gpu kernels given clean
 
 demo: kernels
 	$(PYTHON) -m minireft demo
@@ -28,8 +29,11 @@ demo: kernels
 test: kernels
 	$(PYTHON) -m pytest -q -m "not slow and not peers and not gpu"
 
-test-all: kernels $(INSTALLED:installed=peers)
+test-all: kernels $(INSTALLED:.venv/installed=.venv/peers)
 	$(PYTHON) -m pytest -q
+
+peers-pyreft: .venv/pyreft/installed
+	.venv/pyreft/bin/python -m pytest -q -m peers tests/test_peers_pyreft.py
 
 tutorials: kernels
 	$(PYTHON) tutorials/make.py
@@ -44,6 +48,10 @@ gpu: kernels
 kernels: $(INSTALLED)
 	@$(PYTHON) setup.py -q build_ext --inplace || echo "minireft: the kernels could not be built (see above); plain PyTorch is used"
 
+given:
+	@$(PYTHON) -c "import torch, numpy, tokenizers, safetensors, tqdm" || { \
+	  echo "minireft: that environment lacks something: $(PYTHON) -m pip install -c constraints.txt torch numpy tokenizers safetensors tqdm"; exit 1; }
+
 .venv/installed: constraints.txt pyproject.toml
 	test -x .venv/bin/python || $(BOOT) -m venv .venv
 	.venv/bin/python -m pip install -q -c constraints.txt setuptools wheel ninja torch
@@ -51,7 +59,14 @@ kernels: $(INSTALLED)
 	@touch $@
 
 .venv/peers: .venv/installed
-	.venv/bin/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[peers]'
+	MINIREFT_KERNELS=0 .venv/bin/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[peers]'
+	@touch $@
+
+.venv/pyreft/installed: constraints-pyreft.txt
+	test -x .venv/pyreft/bin/python || $(BOOT) -m venv .venv/pyreft
+	.venv/pyreft/bin/python -m pip install -q -c constraints-pyreft.txt torch numpy tokenizers tqdm transformers accelerate datasets \
+	  evaluate matplotlib pytest pytest-timeout hypothesis
+	.venv/pyreft/bin/python -m pip install -q -c constraints-pyreft.txt --no-deps pyreft pyvene
 	@touch $@
 
 clean:
