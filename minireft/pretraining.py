@@ -1,0 +1,205 @@
+"""Trains a base from nothing: the generator of tasks/corpus.py writes, a decoder reads, the skill gates decide.
+
+Use:  python -m minireft pretrain --quick my-base              # or pretrain("my-base", quick=True)
+See:  a falling loss, then the gates' scores; the folder then loads with minireft.load("my-base").
+
+Matrices are trained by Muon (each update orthogonalised), the rest by AdamW. Processes share the work: each reads its
+own stream, gradients are averaged, and each process orthogonalises its share of the matrices.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+from . import checkpoint
+from .files import write_text
+from .model import Model, ModelConfig
+from .tasks import gates
+from .tasks.corpus import Corpus
+from .tasks.world import VOCABULARY
+from .tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to make a base. Tokens read: steps × rows × context."""
+
+    width: int = 128
+    layers: int = 8
+    heads: int = 4
+    hidden: int = 384
+    context: int = 128
+    steps: int = 4200
+    rows: int = 32                  # rows of `context` tokens in one step, over all processes
+    peak: float = 4e-3              # learning rate of both optimisers, held for 40 % of the steps
+    floor: float = 0.03             # share of the peak that the linear decay ends at
+    warmup: int = 50                # steps
+    weight_decay: float = 0.1       # on matrices: it bounds the states' norm, which tuning likes
+    compile: bool = True            # torch.compile pays from some thousand steps on; without a compiler it is left out
+
+
+QUICK = Recipe(width=96, layers=6, heads=3, hidden=288, steps=1800, compile=False)
+
+
+def pretrain(out: str | Path, quick: bool = False, seed: int = 0, processes: int = 2, progress: bool = True,
+             recipe: Recipe | None = None) -> dict:
+    """Trains a base; the new folder `out` gets config.json, model.safetensors (bf16), tokenizer.json and a model card.
+
+    seed: of the weights and the corpus (the world itself is always the same); processes: one thread each.
+    Returns {"gates": {name: score}, "cpu_seconds": ..., "loss": ..., ...}. Raises ValueError if `out` exists already,
+    OSError if it cannot be written. Nothing appears at `out` before all of it is there.
+    """
+    out, recipe = Path(out), recipe or (QUICK if quick else Recipe())
+    if out.exists():
+        raise ValueError(f"{out} exists already: name a new folder, or remove that one first")
+    if processes < 1 or recipe.rows % processes:
+        raise ValueError(f"{recipe.rows} rows a step cannot be shared by {processes} processes: choose a divisor of it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))       # tells now whether it can be written
+    try:
+        _together(_work, processes, recipe, seed, str(folder), progress)
+        report = json.loads((folder / "report.json").read_text())
+        (folder / "report.json").unlink()
+        shutil.rmtree(folder / "meeting", ignore_errors=True)
+        folder.chmod(0o755)
+        folder.rename(out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return report
+
+
+def _together(work, processes: int, *arguments) -> None:
+    """Runs work(rank, processes, *arguments) in that many processes; if one fails or Ctrl-C comes, none is left behind."""
+    if processes == 1:
+        return work(0, 1, *arguments)
+    team = torch.multiprocessing.start_processes(work, (processes, *arguments), processes, join=False)
+    try:
+        while not team.join():
+            pass
+    finally:
+        for process in team.processes:
+            process.kill()
+
+
+def learning_rate(step: int, recipe: Recipe) -> float:
+    """Linear warm-up, the peak until 40 % of the steps, then linear down to the floor."""
+    decay = min(1.0, (recipe.steps - step) / (0.6 * recipe.steps))
+    return recipe.peak * min(1.0, (step + 1) / recipe.warmup) * (recipe.floor + (1 - recipe.floor) * decay)
+
+
+def _work(rank: int, processes: int, recipe: Recipe, seed: int, folder: str, progress: bool) -> None:
+    """One process of the training; process 0 also measures and saves."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    if processes > 1:
+        meeting = Path(folder, "meeting")
+        meeting.mkdir(exist_ok=True)
+        dist.init_process_group("gloo", init_method=f"file://{meeting.resolve()}/point", rank=rank,
+                                world_size=processes, timeout=timedelta(minutes=30))
+    tokenizer = Tokenizer.from_words(VOCABULARY)
+    model = Model(ModelConfig(tokenizer.vocab_size, recipe.width, recipe.layers, recipe.heads, recipe.hidden,
+                              recipe.context))
+    corpus = Corpus(f"{seed} {rank}")
+
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.dim() < 2 or "embed" in name]
+    optimisers = [torch.optim.Muon(matrices[rank::processes], weight_decay=recipe.weight_decay,
+                                   adjust_lr_fn="match_rms_adamw"),
+                  torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
+    run = torch.compile(model) if recipe.compile and (shutil.which("c++") or shutil.which("g++")) else model
+    # bf16 halves the time of the matrix products where the processor has it. The fused attention's backward is slower
+    # in bf16 than plain softmax on CPUs (measured), hence MATH.
+    half = torch.autocast("cpu", torch.bfloat16, enabled=torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    began, average = time.time(), None
+    bar = tqdm(range(recipe.steps), disable=not progress or rank > 0, unit="step")
+    for step in bar:
+        rows = corpus.batch(tokenizer, recipe.rows // processes, recipe.context + 1, step / recipe.steps)
+        tokens = torch.from_numpy(rows)                                   # (B, T + 1)
+        with half, sdpa_kernel(SDPBackend.MATH):
+            logits = run(tokens[:, :-1])                                  # (B, T, V)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        average_gradients(model, processes)
+        torch.nn.utils.clip_grad_norm_(others, 1.0)
+        for optimiser in optimisers:
+            optimiser.param_groups[0]["lr"] = learning_rate(step, recipe)
+            optimiser.step()
+        share_matrices(matrices, processes)
+        model.zero_grad()
+        average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
+        bar.set_postfix(loss=f"{average:.3f}")
+    seconds = torch.tensor(time.process_time())
+    if processes > 1:
+        dist.all_reduce(seconds)
+        dist.destroy_process_group()
+    if rank == 0:
+        report = {"loss": average, "cpu_seconds": seconds.item(), "wall_seconds": time.time() - began, "seed": seed,
+                  "processes": processes, "tokens": recipe.steps * recipe.rows * recipe.context, "recipe": asdict(recipe)}
+        save_base(folder, model, tokenizer, report)
+
+
+def average_gradients(model: Model, processes: int) -> None:
+    """One all-reduce of all gradients, laid end to end."""
+    if processes > 1:
+        gradients = [p.grad for p in model.parameters()]
+        flat = torch._utils._flatten_dense_tensors(gradients)
+        dist.all_reduce(flat)
+        for gradient, mean in zip(gradients, torch._utils._unflatten_dense_tensors(flat / processes, gradients)):
+            gradient.copy_(mean)
+
+
+@torch.no_grad()
+def share_matrices(matrices: list[torch.Tensor], processes: int) -> None:
+    """Every process sends the matrices that it has updated to the others."""
+    if processes > 1:
+        for owner in range(processes):
+            owned = matrices[owner::processes]
+            flat = torch._utils._flatten_dense_tensors(owned)
+            dist.broadcast(flat, owner)
+            for matrix, value in zip(owned, torch._utils._unflatten_dense_tensors(flat, owned)):
+                matrix.copy_(value)
+
+
+def save_base(folder: str | Path, model: Model, tokenizer: Tokenizer, report: dict) -> None:
+    """Rounds the model to bf16, scores the gates on what is saved, and writes the folder and its model card."""
+    folder, model = Path(folder), model.bfloat16().float().eval()
+    report["parameters"] = sum(p.numel() for p in model.parameters())
+    report["gates"] = gates.score(model, tokenizer)
+    checkpoint.save(model, tokenizer, folder, dtype=torch.bfloat16)
+    write_text(folder / "README.md", model_card(report))
+    write_text(folder / "report.json", json.dumps(report))
+
+
+def model_card(report: dict) -> str:
+    """The model card in Markdown, from the report of the run that made the base."""
+    r = Recipe(**report["recipe"])
+    passed = {True: "passes", False: "**fails**", None: ""}
+    rows = [f"| {name} | {score:.3f} | {gates.CHANCE[name]:.2f} | {gates.PASS.get(name, '')} | "
+            f"{passed[score >= gates.PASS[name] if name in gates.PASS else None]} |" for name, score in report["gates"].items()]
+    return "\n".join([
+        "# A base of minireft", "",
+        f"A decoder of {report['parameters']:,} parameters, trained from nothing on a corpus that a program wrote "
+        "(minireft/tasks/corpus.py) about a tiny world (minireft/tasks/world.py). It knows that world and nothing else.", "",
+        f"- Shape: {r.layers} layers of {r.width}, {r.heads} heads, SwiGLU {r.hidden}, RMSNorm, rotary, tied output, "
+        f"context {r.context}, {len(VOCABULARY) + 3} words; stored in bf16.",
+        f"- Recipe: {r.steps:,} steps of {r.rows} × {r.context} = {report['tokens'] / 1e6:.1f} M tokens; Muon on matrices "
+        f"(weight decay {r.weight_decay}), AdamW on the rest; learning rate {r.peak}, {r.warmup} steps of warm-up, held for "
+        f"40 %, then linear to {100 * r.floor:.0f} %; bf16 autocast.",
+        f"- Seed: {report['seed']} for weights and corpus, 0 for the world; {report['processes']} processes of one thread.",
+        f"- Cost: {report['cpu_seconds']:,.0f} CPU-seconds in {report['wall_seconds'] / 60:.0f} minutes, "
+        f"{platform.machine()}, torch {torch.__version__}. Training loss at the end: {report['loss']:.3f}.", "",
+        "Skill gates (200 items each; standard error at most 0.035):", "",
+        "| gate | score | chance | to pass | |", "|---|---|---|---|---|", *rows, ""])

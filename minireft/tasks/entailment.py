@@ -1,0 +1,33 @@
+"""entailment: does a sentence follow from a text, contradict it, or is it left open?
+    python -c "from minireft import tasks; print(tasks.load('entailment', 'train', 2))"
+You should see three made-up facts, a sentence, and true, false or open.
+
+The base checks claims against notes in plain wordings; here sentence and text word a fact differently, the labels are
+new, and an open sentence comes close to the text: a value that the text gives to another subject. Content key: subject
+and attribute of the sentence.
+"""
+
+from ..data import Example
+from .facts import WORDINGS
+from .world import ATTRIBUTES
+
+LABELS = ("true .", "false .", "open .")
+
+
+def draw(random, world):
+    (subject, name, _), *others = random.sample(world.facts, 4)
+    attribute, label = ATTRIBUTES[name], random.choice(LABELS)
+    value = random.choice(attribute.values)
+    text = {(s, n): random.choice(ATTRIBUTES[n].values) for s, n, _ in others}
+    text[random.choice([s for s in attribute.subjects if s != subject]), name] = value     # of another subject
+    while len(text) > (3 if label == "open ." else 2):
+        text.pop(next(iter(text)))
+    if label != "open .":
+        text[subject, name] = value if label == "true ." else random.choice([v for v in attribute.values if v != value])
+    elif (subject, name) in text:
+        return draw(random, world)
+    lines = [random.choice(ATTRIBUTES[n].says).format(s=s, v=v) for (s, n), v in text.items()]
+    random.shuffle(lines)
+    wordings = (*attribute.says, *(f"{wording} {{v}}" for wording in WORDINGS[name]))
+    hypothesis = random.choice(wordings).format(s=subject, v=value)
+    return f"{subject} {name}", Example(f"text : {' . '.join(lines)} . so {hypothesis} ? ->", label, LABELS)
