@@ -179,28 +179,28 @@ def picture(rows: list[Row], path: Path) -> bool:
 def draw_accuracy(axes, rows: list[Row]) -> None:
     """A line a method, from the frozen base's accuracy to its own."""
     for y, row in enumerate(rows):
-        colour = COLOURS[row.name]
+        colour, margin = COLOURS[row.name], dict(xycoords=("axes fraction", "data"), textcoords="offset points")
         axes.plot([row.before, row.after], [y, y], color=colour, lw=2, alpha=0.35, zorder=1)
         for x, paint in ((row.before, FAINT), (row.after, colour)):
             axes.errorbar(x, y, xerr=row.error(x), fmt="o", ms=8, lw=2, color=paint)
         axes.annotate(f"{row.after:.2f}", (row.after, y), (0, 9), textcoords="offset points", ha="center", color=colour, fontsize=9)
-        axes.annotate(row.name, (0, y), (-8, 1), textcoords="offset points", ha="right", va="bottom", color=colour, weight="bold")
-        axes.annotate(f"{row.parameters:,} trained", (0, y), (-8, -2), textcoords="offset points", ha="right", va="top", color=FAINT, fontsize=8.5)
+        axes.annotate(row.name, (0, y), (-8, 1), **margin, ha="right", va="bottom", color=colour, weight="bold")
+        axes.annotate(f"{row.parameters:,} trained", (0, y), (-8, -2), **margin, ha="right", va="top", color=FAINT, fontsize=8.5)
         if y == 0 or row.task != rows[y - 1].task:
-            axes.annotate(f"{row.task}, {row.items} test items; grey: the frozen base, {row.before:.2f}", (0, y), (4, 24),
-                          textcoords="offset points", color=INK, fontsize=9)
-    axes.set(xlim=(0, 1.03), ylim=(len(rows) - 0.5, -0.75), yticks=[], xlabel="share right", title="Before and after tuning")
+            axes.annotate(f"{row.task}, {row.items} test items; grey: the frozen base, {row.before:.2f}", (0, y), (6, 24), **margin,
+                          color=INK, fontsize=9)
+    axes.set(xlim=(-0.03, 1.03), ylim=(len(rows) - 0.5, -0.75), yticks=[], xlabel="share right", title="Before and after tuning")
     axes.grid(axis="x", color=FAINT, alpha=0.2)
 
 
 def draw_losses(axes, rows: list[Row]) -> None:
     """Training as a line, the test items' loss at its end as dashes."""
     window, steps = max(1, len(rows[0].losses) // 15), len(rows[0].losses)
-    for row in rows:
+    for row, side in zip(sorted(rows, key=lambda row: row.test_loss), ("top", "bottom")):
         smooth = [sum(row.losses[i - window + 1 : i + 1]) / window for i in range(window - 1, steps)]
         axes.plot(range(window, steps + 1), smooth, color=COLOURS[row.name], lw=2)
         axes.axhline(row.test_loss, color=COLOURS[row.name], lw=1.5, ls=(0, (4, 3)))
         axes.annotate(f"{row.name}\n{row.test_loss:.2f} on test items", (steps, row.test_loss), (5, 0), textcoords="offset points",
-                      va="center", color=COLOURS[row.name], fontsize=9, linespacing=1.3, annotation_clip=False)
+                      va=side, color=COLOURS[row.name], fontsize=9, linespacing=1.3, annotation_clip=False)
     axes.set(xlim=(0, steps), ylim=(0, None), xlabel="step", ylabel="loss, nats a token",
              title=f"{rows[0].task.capitalize()}: loss in training, and on test items (dashes)")
