@@ -66,6 +66,11 @@ def scales(adapter, names) -> list[tuple]:
     return [(site, Scale(adapter, site, layer, group)) for site, layer, group in sites]
 
 
+def total(weight) -> float:
+    """Tells a tensor that somebody changed from one that nobody did."""
+    return weight.detach().sum(dtype=torch.float64).item()
+
+
 class IA3(Adapter):
     """One vector per layer and site: key and value (G·D), ffn (F), and if asked query (H·D), attention_output, ffn_output (C).
 
@@ -78,7 +83,7 @@ class IA3(Adapter):
         if not isinstance(init_scale, (int, float)) or not math.isfinite(init_scale):
             raise ValueError(f"init_scale is {init_scale!r}: expected a finite number, 0 for a start at the identity")
         super().__init__(model, sites=list(sites), init_scale=init_scale, layer_norm=layer_norm)
-        self._kept: dict | None = None                                    # the base's own tensors while merged
+        self._kept: dict | None = None                                    # while merged: weight → [its own bits, its sum then]
         for name in (*sites, *(("attention_norm", "ffn_norm") if layer_norm else ())):
             width = place(model, name, 0)[1].shape[0]
             self.register_parameter(name, self.parameter(model.config.layers, width))      # (L, width)
@@ -118,17 +123,22 @@ class IA3(Adapter):
                     self._multiply(source.bias, factor)
 
     def _multiply(self, weight, factor) -> None:
-        if weight not in self._kept:
-            self._kept[weight] = weight.detach().clone()
+        kept = self._kept.setdefault(weight, [weight.detach().clone(), 0])
         with torch.no_grad():
-            weight.copy_((weight.float() * factor).to(weight.dtype))
+            weight.copy_(weight * factor)                                 # the product is formed in fp32 and rounded once
+        kept[1] = total(weight)
 
     def unmerge(self) -> None:
-        """Puts the base's own tensors back: the original bits, zeros in a vector or not."""
+        """Puts the base's own tensors back: the original bits, zeros in a vector or not.
+
+        Raises ValueError when the base changed since the merge, by training or by another merge: undo that first.
+        """
         if self._kept is None:
             raise ValueError("these (IA)³ vectors are not merged: there is nothing to undo")
+        if any(total(weight) != then for weight, (_, then) in self._kept.items()):
+            raise ValueError("the base's weights changed since these (IA)³ vectors were merged, and would be lost: undo that first")
         with torch.no_grad():
-            for weight, original in self._kept.items():
+            for weight, (original, _) in self._kept.items():
                 weight.copy_(original)
         self._kept = None
 

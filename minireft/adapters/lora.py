@@ -35,6 +35,8 @@ class LoRA(Adapter):
         sites = tuple(present) if sites == "all" else pick_sites(model, sites, present)
         if not isinstance(rank, int) or not 1 <= rank <= model.config.width:
             raise ValueError(f"rank is {rank!r}: expected a whole number from 1 to the model's width, {model.config.width}")
+        if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+            raise ValueError(f"alpha is {alpha!r}: expected a finite number; the update is scaled by alpha / rank")
         super().__init__(model, rank=rank, alpha=alpha, sites=list(sites))
         self.sites = sites
         for name in sites:

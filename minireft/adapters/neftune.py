@@ -34,7 +34,8 @@ class NEFTune(Adapter):
     ablation: N(0, 1) in the place of U[−1, 1]); seed of the noise. No parameters. Raises ValueError for values out of range.
 
     The noise is a function of (seed, step, example, token, channel), not of torch's generator: padding, batching and
-    resuming do not change it. Silent unless the model is in training mode.
+    resuming do not change it. Every pass is a new step; the trainer says before each which step and examples it is (`begin`),
+    so that the pieces of a batch share one. Silent unless the model is in training mode.
     """
 
     def __init__(self, model, alpha: float = 5.0, length: str = "real", distribution: str = "uniform", seed: int = 0):
@@ -43,9 +44,11 @@ class NEFTune(Adapter):
         for name, value, known in (("length", length, ("real", "padded")), ("distribution", distribution, ("uniform", "gaussian"))):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}: expected {' or '.join(map(repr, known))}")
+        if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed is {seed!r}: expected a whole number of 64 bits")
         super().__init__(model, alpha=float(alpha), length=length, distribution=distribution, seed=seed)
-        self.seed = torch.tensor([seed, 0], device=model.embed.weight.device)             # (2,) seed and step
-        self.rows = None                                                  # (B,) which examples are in the batch
+        self.seed = torch.tensor([seed, 0], device=model.embed.weight.device)             # (2,) seed and the next pass's step
+        self.rows = None                                                  # (B,) which examples are in the next pass
 
     def edits(self):
         return [(self.model.embed, Noise(self))]
@@ -68,9 +71,11 @@ class NEFTune(Adapter):
         if not self.model.training or past:
             return None
         B, T = tokens.shape
+        seed, rows, self.rows = self.seed.clone(), self.rows, None        # what `begin` said holds for one pass
+        self.seed[1] += 1
         if mask is None or self.options["length"] == "padded":
             lengths, index = tokens.new_full((B,), T), None               # (B,)
         else:                                                             # padding has length 0: no noise there
             lengths = mask.sum(1, keepdim=True) * mask                    # (B, T)
             index = (mask.long().cumsum(1) - 1).clamp(min=0)              # (B, T) the same token has the same index, padded or not
-        return self.seed, lengths, self.rows, index
+        return seed, lengths, rows, index
