@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .adapters.orthonormal import orthonormalise
+
 
 class Record:
     """Keeps what passes a site. It is put on by `states` and taken off again."""
@@ -43,11 +45,15 @@ def project(model, tokens: Tensor, layer: int, R: Tensor, mask: Tensor | None = 
 def promoted(model, tokenizer, direction: Tensor, count: int = 5) -> tuple[list[str], list[str]]:
     """The tokens whose logits rise and fall most when the last state moves along `direction` (C,): through the last norm's
     scale and the unembedding, its linear part. The sign of a direction is arbitrary: read both lists."""
-    push = model.head.weight.float() @ (direction.float() * model.norm.weight.float())      # (V,)
+    direction = direction.float()
+    if model.norm.bias is not None:                                       # a LayerNorm takes the mean away
+        direction = direction - direction.mean()
+    push = model.head.weight.float() @ (direction * model.norm.weight.float())              # (V,)
     order = push.argsort(descending=True).tolist()
     return [tokenizer.decode([i]) for i in order[:count]], [tokenizer.decode([i]) for i in order[::-1][:count]]
 
 
 def similarity(a: Tensor, b: Tensor) -> float:
-    """‖A Bᵀ‖² / min(r_a, r_b) of two orthonormal bases (r, C): 1 where one subspace holds the other, about r/C by chance."""
-    return float((a.float() @ b.float().T).square().sum() / min(len(a), len(b)))
+    """‖A Bᵀ‖² / min(r_a, r_b), A and B orthonormal bases of the spans of two sets of rows (r, C): 1 where one subspace holds
+    the other, 0 where they are orthogonal, about r/C by chance."""
+    return float((orthonormalise(a.float()) @ orthonormalise(b.float()).T).square().sum() / min(len(a), len(b)))

@@ -128,7 +128,7 @@ def train(model: Model, adapters: list[Adapter] = (), examples: list[Example] = 
     if not trained:
         raise ValueError("there is nothing to train: give an adapter with parameters, or TrainConfig(full=True) for the base itself")
 
-    team = Team()
+    team = Team(trained[0].device)
     if config.batch_size % (team.size * config.accumulate):
         raise ValueError(f"batch_size {config.batch_size} cannot be shared by {team.size} processes in {config.accumulate} pieces each")
     checkpoint = Checkpoint(out, model, adapters, config, rows) if out else None
@@ -154,11 +154,14 @@ def train(model: Model, adapters: list[Adapter] = (), examples: list[Example] = 
 
 
 class Team:
-    """The processes that train together: one, or as many as `torchrun` started and torch.distributed knows."""
+    """The processes that train together: one, or as many as `torchrun` started."""
 
-    def __init__(self):
-        together = torch.distributed.is_available() and torch.distributed.is_initialized()
-        self.rank, self.size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if together else (0, 1)
+    def __init__(self, device: torch.device):
+        group = torch.distributed
+        if group.is_available() and group.is_torchelastic_launched() and not group.is_initialized():
+            group.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        together = group.is_available() and group.is_initialized()
+        self.rank, self.size = (group.get_rank(), group.get_world_size()) if together else (0, 1)
 
     def start_equal(self, tensors: list) -> None:
         for tensor in tensors if self.size > 1 else ():

@@ -24,15 +24,16 @@ class Subspace(ReFT):
     def __init__(self, parent: LoReFT, directions):
         if not isinstance(parent, LoReFT):
             raise ValueError(f"a {type(parent).__name__} has no orthonormal R to slice: expected a LoReFT")
-        directions, rank = list(directions), parent.options["rank"]
-        if not directions or len(set(directions)) < len(directions) or not all(0 <= d < rank for d in directions):
-            raise ValueError(f"directions are {directions}: expected distinct numbers from 0 to {rank - 1}, the parent's rank being {rank}")
-        super().__init__(parent.model, **{**parent.options, "rank": len(directions)})
-        self.slice, self.of = directions, (parent,)                 # a tuple hides the parent from our own parameters
+        rank = parent.options["rank"]
+        picked = list(directions) if hasattr(directions, "__iter__") else [directions]
+        if not picked or len(set(picked)) < len(picked) or not all(type(d) is int and 0 <= d < rank for d in picked):
+            raise ValueError(f"directions are {directions!r}: expected distinct numbers from 0 to {rank - 1}, the parent's rank being {rank}")
+        super().__init__(parent.model, **{**parent.options, "rank": len(picked)})
+        self.slice, self.of = picked, (parent,)                     # a tuple hides the parent from our own parameters
         with torch.no_grad():
-            self.register_buffer("R", orthonormalise(parent.m)[:, :, directions].clone())    # (S, K, |slice|, C)
-            self.w.copy_(parent.w[:, :, directions])
-            self.b.copy_(parent.b[:, :, directions])
+            self.register_buffer("R", orthonormalise(parent.m)[:, :, picked].clone())        # (S, K, |slice|, C)
+            self.w.copy_(parent.w[:, :, picked])
+            self.b.copy_(parent.b[:, :, picked])
 
     def start(self, S, K, r, C, paper):
         self.w, self.b = self.parameter(S, K, r, C), self.parameter(S, K, r)
@@ -68,7 +69,7 @@ def weighted_sum(adapters: list[ReFT], weights: list[float]) -> DiReFT:
             if mine is not theirs and mine != theirs:
                 raise ValueError(f"the adapters differ in their {name.replace('where', 'positions')}: edits of different places do not add up")
     together = DiReFT(first.model, rank=sum(a.parts()[0].shape[2] for a in adapters), layers=first.layers if first.site != "embed" else "all",
-                      positions=str(first.where), tied=first.tied, site=first.site)
+                      positions=str(first.where), tied=first.tied, site=first.site, strict=first.where.strict)
     with torch.no_grad():
         each = [a.parts() for a in adapters]                              # W, V, U (S, K, r_i, C), b (S, K, r_i)
         together.w1.copy_(torch.cat([w * (W - V) for w, (W, V, _, _) in zip(weights, each)], 2))

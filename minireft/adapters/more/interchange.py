@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...positions import Positions, prompt_span
+from ...positions import Positions
 from ..base import Adapter, pick_layers
 from ..orthonormal import orthonormalise
 
@@ -42,7 +42,7 @@ class Swap:
             if self.adapter.source is None:                               # reading the source
                 self.adapter.seen = state.detach()
                 return h
-            return h.scatter_add(1, at, (self.adapter.source - state) @ R.T @ R)
+            return h.scatter_add(1, at, ((self.adapter.source - state).float() @ R.T @ R).to(h.dtype))
         return swap
 
 
@@ -64,8 +64,8 @@ class Interchange(Adapter):
         return [(self.model.blocks[self.layer].output, Swap(self))]
 
     def prepare(self, tokens, mask, prompt_lengths, tasks, past):
-        where = self.where.indices(*prompt_span(tokens, mask, prompt_lengths), tokens.shape[1])         # (B, 1)
-        if tokens.device.type == "cpu" and (where < 0).any():
+        where = self.where.find(tokens, mask, prompt_lengths)             # (B, 1)
+        if (where < 0).any():
             raise ValueError(f"position {self.where} lies beyond a prompt of this batch: choose one that every prompt has")
         return where, orthonormalise(self.m)
 
@@ -74,7 +74,7 @@ class Interchange(Adapter):
         return orthonormalise(self.m.detach())
 
     def logits(self, pairs: list[Pair]) -> Tensor:
-        """The last token's logits (B, V) of every base, with the source's value swapped in. Attached or not before, detached after."""
+        """The last token's logits (B, V) of every base, with the source's value swapped in. Attaches itself for as long as it runs."""
         with self:
             try:
                 with torch.no_grad():
@@ -87,7 +87,10 @@ class Interchange(Adapter):
                 self.source = self.seen = None
 
     def fit(self, pairs: list[Pair], steps: int = 200, lr: float = 1e-2, batch_size: int = 32, seed: int = 0) -> list[float]:
-        """Turns R until the swapped runs give the counterfactual answers. Returns the losses; the model stays as it is."""
+        """Turns R until the swapped runs give the counterfactual answers. Returns the losses; the model stays as it is.
+        Raises ValueError for no pairs, or a prompt without the position."""
+        if not pairs:
+            raise ValueError("there are no pairs to fit to")
         optimizer, generator, losses = torch.optim.AdamW([self.m], lr=lr, weight_decay=0), torch.Generator().manual_seed(seed), []
         frozen = [p for p in self.model.parameters() if p.requires_grad]
         self.model.requires_grad_(False)
@@ -110,6 +113,8 @@ class Interchange(Adapter):
     @torch.no_grad()
     def accuracy(self, pairs: list[Pair], among: list[int] | None = None, batch_size: int = 128) -> float:
         """Interchange accuracy: the share of pairs whose likeliest token (of the ids `among`, if given) is the answer."""
+        if not pairs:
+            raise ValueError("there are no pairs to score")
         right = 0
         for first in range(0, len(pairs), batch_size):
             chosen = pairs[first : first + batch_size]
