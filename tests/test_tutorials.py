@@ -1,0 +1,166 @@
+"""The tutorials: every source runs, every name in its prose exists, every page is in step, every exercise tells right from wrong.
+
+Use:  python -m pytest tests/test_tutorials.py
+See:  a known wrong answer passing its check would be a check that teaches nothing.
+"""
+
+import importlib.util
+import os
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+spec = importlib.util.spec_from_file_location("tutorials_make", ROOT / "tutorials" / "make.py")
+make = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(make)
+
+CPU_SECONDS = 90
+SOURCES = make.sources()
+EXERCISES = {f"{source.name[:2]}.{i}": exercise for source in SOURCES for i, exercise in enumerate(make.exercises(source), 1)}
+WRONG = {  # exercise → what people write first: why it is wrong → the answer
+    "01.1": {
+        "the recorder stays on": "kept = []\n"
+                                 "site.edits.append(lambda op, c: lambda *x: kept.append(op(*x)) or kept[-1])\n"
+                                 "model(tokens)\nreturn kept[0]",
+        "what goes in, not what comes out": "kept = []\n"
+                                            "site.edits.append(lambda op, c: lambda *x: kept.append(x[0]) or op(*x))\n"
+                                            "model(tokens)\nsite.edits.clear()\nreturn kept[0]",
+    },
+    "01.2": {
+        "silences the whole block": "site = model.blocks[layer].output\n"
+                                    "site.edits.append(lambda op, c: lambda x: torch.zeros_like(op(x)))\n"
+                                    "out = model(tokens)\nsite.edits.clear()\nreturn out",
+        "silences the last token only": "def edit(op, c):\n    def edited(x):\n        y = op(x).clone()\n        y[:, -1] = 0\n"
+                                        "        return y\n    return edited\nsite = model.blocks[layer].attention.output\n"
+                                        "site.edits.append(edit)\nout = model(tokens)\nsite.edits.clear()\nreturn out",
+        "always the first block": "site = model.blocks[0].attention.output\n"
+                                  "site.edits.append(lambda op, c: lambda x: torch.zeros_like(op(x)))\n"
+                                  "out = model(tokens)\nsite.edits.clear()\nreturn out",
+    },
+    "02.1": {
+        "v is no unit vector": "return h - (h @ v)[:, None] * v",
+        "subtracts v, whatever is there": "return h - v",
+        "erases everything": "return 0 * h",
+    },
+    "02.2": {
+        "pushes by the target": "return h + target * v / v.norm()",
+        "measures along v, not its unit": "return h + (target - h @ v)[:, None] * v / v.norm()",
+        "writes the target and drops the rest": "return (target * v / v.norm()).expand_as(h)",
+    },
+    "03.1": {
+        "forgets what is read along R": "return W, R, b",
+        "writes along W": "return W - R, W, b",
+        "the sign": "return R - W, R, -b",
+    },
+    "03.2": {
+        "the other way round": "return s + (h @ R.T - s @ R.T) @ R",
+        "adds without taking away": "return h + s @ R.T @ R",
+        "the whole state": "return s",
+    },
+}
+
+
+def run(exercise, cell):
+    exec(compile("\n\n".join((exercise["setup"], cell, exercise["check"])), "exercise", "exec"), {})
+
+
+# ---- sources
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+def test_every_source_runs_within_its_time(source):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg",
+                   "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+    limit = lambda: resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+    done = subprocess.run([sys.executable, "-W", "error::DeprecationWarning:__main__", str(source)], cwd=source.parent,
+                          env=environment, preexec_fn=limit, capture_output=True, text=True)
+    assert done.returncode == 0, f"{source.name} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+def test_the_form_of_a_source(source):
+    """A question, predictions, short cells that show something, one picture, two changes, three lines."""
+    make.head(source)
+    cells = make.cells(source)
+    prose = "\n\n".join(text for kind, text in cells if kind == "markdown")
+    code = [text for kind, text in cells if kind == "code"]
+    assert prose.count("**Predict:**") >= 5
+    assert len(re.findall(r"^- ", prose.split("## Two changes to try")[1].split("\n## ")[0], re.M)) == 2
+    assert len(re.findall(r"^\d\. ", prose.split("## In three lines")[1], re.M)) == 3
+    assert sum("plt.show()" in text for text in code) == sum("# Picture: " in text for text in code) == 1
+    for text in code:
+        solved = make.SOLUTION.search(text + "\n")
+        assert solved or sum(bool(line.strip()) for line in text.splitlines()) <= 12, f"a long cell:\n{text}"
+        assert solved or re.search(r"^ *(print|assert)\b|plt\.show\(\)$", text, re.M), f"a cell that shows nothing:\n{text}"
+    lines = source.read_text().splitlines()
+    assert not [line for line in lines if len(line) > 120]
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+def test_names_of_the_library_in_the_prose_exist(source):
+    prose = "\n\n".join(text for kind, text in make.cells(source) if kind == "markdown")
+    names = make.NAME.findall(prose)
+    assert names
+    for name in names:
+        make.resolve(name)
+    for path in re.findall(r"\]\((\S+?)\)", make.linked(prose)):
+        assert (make.RENDERED / path).exists()
+
+
+def test_a_name_that_is_gone_is_noticed():
+    for name in ("minireft.model.Nothing", "minireft.no_module", "minireft.LoReFT.no_method"):
+        with pytest.raises((AttributeError, ImportError)):
+            make.resolve(name)
+
+
+# ---- pages
+
+def test_pages_exercises_and_index_are_in_step():
+    assert make.stale() == []
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+def test_pages_show_one_picture_and_no_wall_of_output(source):
+    text = (make.RENDERED / f"{source.stem}.md").read_text()
+    assert re.findall(r"!\[.+?\]\((\S+)\)", text) == [f"{source.stem}.png"]
+    assert (make.RENDERED / f"{source.stem}.png").read_bytes().startswith(b"\x89PNG")
+    for output in re.findall(r"```text\n(.*?)```", text, re.S):
+        assert len(output.splitlines()) <= 16 and max(map(len, output.splitlines())) <= 130, output
+
+
+def test_what_changed_is_stale(monkeypatch, tmp_path):
+    source = tmp_path / "01_a.py"
+    source.write_text("one")
+    before = make.stamp(source)
+    source.write_text("two")
+    assert make.stamp(source) != before
+    monkeypatch.setattr(make, "RENDERED", tmp_path / "empty")
+    assert all(any(f"rendered/{source.stem}.md" in line for line in make.stale()) for source in SOURCES)
+
+
+# ---- exercises
+
+def test_every_exercise_has_wrong_answers():
+    assert EXERCISES.keys() == WRONG.keys() and all(len(answers) >= 2 for answers in WRONG.values())
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_the_solution_passes_and_the_blank_fails(name):
+    exercise = EXERCISES[name]
+    assert re.search(r"^### \d · .+ \(\d+ minutes\)$", exercise["text"], re.M) and "*Hint:*" in exercise["text"]
+    run(exercise, exercise["cell"])
+    blank = make.blank(exercise["cell"])
+    assert make.BLANK in blank and "# solution" not in blank
+    with pytest.raises(NotImplementedError):
+        run(exercise, blank)
+
+
+@pytest.mark.parametrize("name, why", [(name, why) for name, answers in WRONG.items() for why in answers])
+def test_wrong_answers_fail_their_check(name, why):
+    exercise = EXERCISES[name]
+    with pytest.raises(AssertionError):
+        run(exercise, make.answered(exercise["cell"], WRONG[name][why]))
