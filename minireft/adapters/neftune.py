@@ -44,8 +44,8 @@ class NEFTune(Adapter):
         for name, value, known in (("length", length, ("real", "padded")), ("distribution", distribution, ("uniform", "gaussian"))):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}: expected {' or '.join(map(repr, known))}")
-        if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-            raise ValueError(f"seed is {seed!r}: expected a whole number of 64 bits")
+        if not isinstance(seed, int) or not 0 <= seed < 2**32:
+            raise ValueError(f"seed is {seed!r}: expected a whole number from 0 to 2³² − 1")
         super().__init__(model, alpha=float(alpha), length=length, distribution=distribution, seed=seed)
         self.seed = torch.tensor([seed, 0], device=model.embed.weight.device)             # (2,) seed and the next pass's step
         self.rows = None                                                  # (B,) which examples are in the next pass
