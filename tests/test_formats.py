@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 import minireft
 import plain
 import small
-from minireft.formats import huggingface, llama2c, pyreft
+from minireft.formats import huggingface, llama2c, peft, pyreft
+from minireft.formats.convert import convert
 
 LLAMA = {"model_type": "llama", "vocab_size": 29, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "intermediate_size": 20, "max_position_embeddings": 24, "rms_norm_eps": 1e-5, "rope_theta": 500.0,
@@ -544,3 +545,145 @@ def test_foreign_adapters_that_are_refused(tmp_path):
         with pytest.raises(ValueError, match=words):
             pyreft.write(adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------------ PEFT
+
+def write_peft(folder, tensors: dict, **config):
+    folder.mkdir(exist_ok=True)
+    save_file({f"base_model.model.{name}": tensor for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"bias": "none", "target_modules": [], **config}))
+
+
+def logits_with(adapter, model):
+    with adapter, torch.no_grad():
+        return model(torch.tensor([IDS]))[0].double().numpy()
+
+
+@pytest.mark.parametrize("rslora", (False, True))
+def test_peft_lora_on_llama(tmp_path, rslora):
+    model = small.model("llama")                                          # three layers; the folder adapts two of them
+    tensors, delta = {}, {"query": np.zeros((3, 16, 16)), "ffn_output": np.zeros((3, 16, 20))}
+    for layer in (0, 2):
+        for theirs, ours in (("self_attn.q_proj", "query"), ("mlp.down_proj", "ffn_output")):
+            out, inputs = delta[ours].shape[1:]
+            a, b = draw(2, inputs), draw(out, 2)
+            tensors |= {f"model.layers.{layer}.{theirs}.lora_A.weight": a, f"model.layers.{layer}.{theirs}.lora_B.weight": b}
+            delta[ours][layer] = (3 / (2**0.5 if rslora else 2) * b.double() @ a.double()).numpy()
+    write_peft(tmp_path, tensors, peft_type="LORA", r=2, lora_alpha=3, use_rslora=rslora)
+    lora = minireft.load_adapter(model, tmp_path)
+    assert type(lora) is minireft.LoRA and lora.base is None
+    assert np.abs(logits_with(lora, model) - plain.logits(model, list(IDS), delta=delta)).max() < 1e-4
+
+
+def test_peft_on_the_packed_projection_of_gpt2(tmp_path):
+    model, tensors = small.model("gpt2"), {}
+    delta, scale = {name: np.zeros((3, 16, 16)) for name in ("query", "key", "value")}, {name: np.ones((3, 16)) for name in ("query", "key", "value")}
+    vectors = {}
+    for layer in range(3):
+        a, b, l = draw(2, 16), draw(48, 2), 1 + draw(48, 1)
+        tensors |= {f"transformer.h.{layer}.attn.c_attn.lora_A.weight": a, f"transformer.h.{layer}.attn.c_attn.lora_B.weight": b}
+        vectors[f"transformer.h.{layer}.attn.c_attn.ia3_l"] = l
+        for i, name in enumerate(delta):
+            delta[name][layer] = (4 * b[16 * i : 16 * i + 16].double() @ a.double()).numpy()
+            scale[name][layer] = l[16 * i : 16 * i + 16, 0].double().numpy()
+    write_peft(tmp_path / "lora", tensors, peft_type="LORA", r=2, lora_alpha=8)
+    write_peft(tmp_path / "ia3", vectors, peft_type="IA3")
+    lora, ia3 = minireft.load_adapter(model, tmp_path / "lora"), minireft.load_adapter(model, tmp_path / "ia3")
+    assert np.abs(logits_with(lora, model) - plain.logits(model, list(IDS), delta=delta)).max() < 1e-4
+    assert np.abs(logits_with(ia3, model) - plain.logits(model, list(IDS), scale=scale)).max() < 1e-4
+
+
+@pytest.mark.parametrize("where", ("up", "down"))
+def test_peft_ia3_on_llama(tmp_path, where):
+    """On the gated feed-forward's up-projection, or on what its down-projection reads, the vector is the same one."""
+    model, vectors = small.model("llama"), {}
+    scale = {"key": np.ones((3, 8)), "ffn": np.ones((3, 20))}
+    for layer in range(3):
+        k, ffn = 1 + draw(8, 1), 1 + draw(20)
+        vectors |= {f"model.layers.{layer}.self_attn.k_proj.ia3_l": k,
+                    f"model.layers.{layer}.mlp.{where}_proj.ia3_l": ffn[:, None] if where == "up" else ffn[None]}
+        scale["key"][layer], scale["ffn"][layer] = k[:, 0].double().numpy(), ffn.double().numpy()
+    write_peft(tmp_path, vectors, peft_type="IA3")
+    ia3 = minireft.load_adapter(model, tmp_path)
+    assert ia3.options["sites"] == ["key", "ffn"]
+    assert np.abs(logits_with(ia3, model) - plain.logits(model, list(IDS), scale=scale)).max() < 1e-4
+
+
+@pytest.mark.parametrize("name, make", (("llama", lambda m: minireft.LoRA(m, rank=3, alpha=5, sites="all")), ("llama", minireft.IA3),
+                                        ("gpt2", lambda m: minireft.LoRA(m, rank=1, sites=("attention_output", "up"))),
+                                        ("gpt2", lambda m: minireft.IA3(m, sites=("query", "key", "value", "ffn_output")))))
+def test_peft_there_and_back(tmp_path, name, make):
+    model = small.model(name)
+    adapter = small.randomise(make(model))
+    peft.write(adapter, tmp_path)
+    again = minireft.load_adapter(model, tmp_path)
+    assert sorted(again.options["sites"]) == sorted(adapter.options["sites"])
+    assert np.abs(logits_with(again, model) - logits_with(adapter, model)).max() < 1e-5
+
+
+def test_peft_folders_that_are_refused(tmp_path):
+    model, q = small.model("llama"), "model.layers.0.self_attn.q_proj"
+    good = {f"{q}.lora_A.weight": draw(2, 16), f"{q}.lora_B.weight": draw(16, 2)}
+    lora = dict(peft_type="LORA", r=2, lora_alpha=4)
+    for tensors, config, words in (
+            (good, {**lora, "peft_type": "LOHA"}, "holds a LOHA of PEFT's"), (good, {**lora, "use_dora": True}, "use_dora True"),
+            (good, {**lora, "bias": "all"}, "bias 'all'"), (good, {**lora, "rank_pattern": {"q_proj": 4}}, "rank_pattern"),
+            (good, {**lora, "modules_to_save": ["lm_head"]}, "modules_to_save"), ({}, lora, "holds no weights"),
+            ({"model.layers.3.self_attn.q_proj.lora_A.weight": draw(2, 16)}, lora, "which this model has not"),
+            ({"model.embed_tokens.lora_embedding_A": draw(2, 16)}, lora, "which this model has not"),
+            ({f"{q}.lora_A.weight": draw(2, 16)}, lora, "expected lora_A and lora_B"),
+            ({**good, f"{q}.lora_B.weight": draw(12, 2)}, lora, "expected 16 rows"),
+            ({**good, f"{q}.lora_A.weight": draw(2, 15)}, lora, "does not fit this model"),
+            ({f"{q}.ia3_l": draw(1, 16)}, {"peft_type": "IA3"}, "scales the input of query"),
+            ({f"{q}.ia3_l": draw(9, 1)}, {"peft_type": "IA3"}, "9 factors for query: expected 16"),
+            ({"model.layers.0.mlp.gate_proj.ia3_l": draw(20, 1)}, {"peft_type": "IA3"}, "before the non-linearity")):
+        write_peft(tmp_path / "peft", tensors, **config)
+        with pytest.raises(ValueError, match=re.escape(words)):
+            minireft.load_adapter(model, tmp_path / "peft")
+    (tmp_path / "peft/adapter_config.json").write_text("[]")
+    with pytest.raises(ValueError, match="describes no adapter of PEFT's"):
+        minireft.load_adapter(model, tmp_path / "peft")
+    for adapter, words in ((minireft.LoReFT(model), "PEFT has no LoReFT"), (minireft.IA3(model, layer_norm=True), "with layer norms"),
+                           (minireft.LoRA(small.model("gpt2")), "no place for this LoRA at query, value"),
+                           (minireft.IA3(small.model("gpt2")), "no place for this IA3 at key, value")):
+        with pytest.raises(ValueError, match=words):
+            peft.write(adapter, tmp_path / "out")
+
+
+# --------------------------------------------------------------------------------------------------------------- convert
+
+def test_bases_from_form_to_form(tmp_path):
+    tensors = llama_tensors(LLAMA)
+    write(tmp_path / "theirs", LLAMA, tensors)
+    assert convert(tmp_path / "theirs", tmp_path / "ours") == "4,464 parameters, no tokenizer"
+    convert(tmp_path / "ours", tmp_path / "back", to="huggingface", dtype=torch.bfloat16)
+    stored = load_file(tmp_path / "back/model.safetensors")
+    assert stored.keys() == tensors.keys() and all(torch.equal(stored[name], tensors[name].bfloat16()) for name in tensors)
+    w = llama2c_tensors(False)
+    convert(write_llama2c(tmp_path / "model.bin", w), tmp_path / "from-llama2c", to="huggingface")
+    assert np.abs(agree(minireft.load(tmp_path / "from-llama2c")[0]) - hand_written_llama2c(w, IDS)).max() < 1e-5
+
+
+def test_adapters_from_form_to_form(tmp_path):
+    model = small.model("llama")
+    minireft.save(model, None, tmp_path / "base")
+    states = write_pyreft(tmp_path / "theirs", "NodireftIntervention", (0, 1), False)
+    convert(tmp_path / "theirs", tmp_path / "ours", base=tmp_path / "base", positions="f2+l3")
+    reft = minireft.load_adapter(model, tmp_path / "ours")
+    assert reft.options["positions"] == "f2+l3"
+    convert(tmp_path / "ours", tmp_path / "back", base=tmp_path / "base", to="pyreft")
+    for (layer, part), state in states.items():
+        again = torch.load(tmp_path / f"back/intkey_layer_{layer}_comp_block_output_unit_pos_nunit_1#{part}.bin", weights_only=True)
+        assert small.same_bits(again, state)
+
+
+def test_conversions_that_are_refused(tmp_path):
+    minireft.save(small.model("llama"), None, tmp_path / "base")
+    for arguments, words in ((dict(to="pyreft"), "a base can be written as minireft, huggingface"), (dict(positions="l1"), "name its base"),
+                             (dict(base=tmp_path / "base", to="huggingface"), "an adapter can be written as minireft, pyreft, peft")):
+        with pytest.raises(ValueError, match=words):
+            convert(tmp_path / "base", tmp_path / "new", **arguments)
+    with pytest.raises(ValueError, match="is there already"):
+        convert(tmp_path / "base", tmp_path / "base")
+    assert not (tmp_path / "new").exists()

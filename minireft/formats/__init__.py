@@ -6,7 +6,7 @@ See:  the other program's logits, without importing it and without unpickling an
 
 from pathlib import Path
 
-from . import pyreft
+from . import peft, pyreft
 
 
 def read_adapter(folder, model) -> tuple[str, dict, dict]:
@@ -15,4 +15,6 @@ def read_adapter(folder, model) -> tuple[str, dict, dict]:
         raise FileNotFoundError(f"there is no folder {folder}")
     if pyreft.is_folder(folder):
         return pyreft.read(folder)
-    raise ValueError(f"{folder} holds no adapter that is known: expected a file of minireft's, or a folder of pyreft's")
+    if peft.is_folder(folder):
+        return peft.read(folder, model)
+    raise ValueError(f"{folder} holds no adapter that is known: expected a file of minireft's, or a folder of pyreft's or PEFT's")

@@ -1,0 +1,71 @@
+"""minireft beside PEFT: LoRA and (IA)³ folders in and out, on the Llama family and GPT-2.
+
+Run:  pytest -m peers tests/test_peers_peft.py
+See:  logits within 1e-5 in fp32 on random tiny weights, padded on either side.
+"""
+
+import pytest
+import torch
+
+import minireft
+import small
+from minireft.formats import peft as ours
+from test_peers_pyreft import STD, TOLERANCE, both, prompts, their_logits
+
+pytestmark = pytest.mark.peers
+peft = pytest.importorskip("peft")
+
+
+def differ(model, mine, adapter, side="left"):
+    tokens, mask = prompts(side)
+    with torch.no_grad():
+        expected, before = their_logits(model, tokens, mask), mine(tokens, mask)
+        with adapter:
+            logits = mine(tokens, mask)
+    assert (expected - before)[mask].abs().max() > 0.1
+    return (logits - expected)[mask].abs().max().item()
+
+
+THEIRS = [
+    ("llama", dict(r=3, lora_alpha=5, target_modules=["q_proj", "v_proj"])),
+    ("llama", dict(r=2, lora_alpha=2, target_modules="all-linear", use_rslora=True)),
+    ("qwen2", dict(r=2, lora_alpha=4, target_modules=["k_proj", "down_proj"], layers_to_transform=[1])),
+    ("gpt2", dict(r=3, lora_alpha=6, target_modules=["c_attn", "mlp.c_proj"], fan_in_fan_out=True)),
+    ("llama", dict(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])),
+    ("llama", dict(target_modules=["k_proj", "q_proj", "o_proj", "up_proj"], feedforward_modules=[])),
+    ("mistral", dict(target_modules=["v_proj", "down_proj"], feedforward_modules=[])),
+    ("gpt2", dict(target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"], fan_in_fan_out=True)),
+]
+
+
+@pytest.mark.parametrize("side", ("left", "right"))
+@pytest.mark.parametrize("name, settings", THEIRS, ids=str)
+def test_saved_there_and_imported_here(tmp_path, name, settings, side):
+    model, mine = both(name, tmp_path / "base")
+    kind = peft.LoraConfig if "r" in settings else peft.IA3Config
+    adapted = peft.get_peft_model(model, kind(task_type="CAUSAL_LM", **settings))
+    generator = torch.Generator().manual_seed(3)
+    for p in adapted.parameters():
+        if p.requires_grad:
+            p.data += STD * torch.randn(p.shape, generator=generator)
+    adapted.eval().save_pretrained(tmp_path / "adapter")
+    difference = differ(adapted, mine, minireft.load_adapter(mine, tmp_path / "adapter"), side)
+    print(f"{name} {settings}: {difference:.1e}")
+    assert difference <= TOLERANCE
+
+
+@pytest.mark.parametrize("name, make", (
+    ("llama", lambda model: minireft.LoRA(model, rank=3, alpha=7, sites="all")),
+    ("gpt2", lambda model: minireft.LoRA(model, rank=2, sites=("attention_output", "ffn_output"))),
+    ("llama", lambda model: minireft.IA3(model)),
+    ("qwen2", lambda model: minireft.IA3(model, sites=("query", "ffn_output"))),
+    ("gpt2", lambda model: minireft.IA3(model, sites=("query", "key", "value", "ffn"))),
+), ids=("llama lora", "gpt2 lora", "llama ia3", "qwen2 ia3", "gpt2 ia3"))
+def test_made_here_and_exported_there(tmp_path, name, make):
+    model, mine = both(name, tmp_path / "base")
+    adapter = small.randomise(make(mine), std=STD)
+    ours.write(adapter, tmp_path / "adapter")
+    adapted = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
+    difference = differ(adapted, mine, adapter)
+    print(f"exported {name} {type(adapter).__name__}: {difference:.1e}")
+    assert difference <= TOLERANCE
