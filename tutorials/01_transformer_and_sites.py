@@ -3,7 +3,7 @@
 #
 # **Where inside a transformer could you change something, and what would be flowing there?**
 #
-# *Before:* Python, matrix products, the softmax. *Time:* 25 minutes.
+# *Before:* Python, PyTorch's tensors, matrix products. *Time:* 25 minutes.
 #
 # Run it with `python tutorials/01_transformer_and_sites.py`, step through it in a debugger, or open it as a notebook.
 # The model is small enough to be taken apart by hand: it was trained on sentences that a program wrote about a made-up
@@ -222,10 +222,10 @@ assert len(sites) == 12 * L + 3 and not any(site.edits for site in sites.values(
 # the stream when it leaves the block.
 #
 # The methods of this library are edits on these sites, packed with their parameters into an *adapter*. The model knows
-# none of them. Each of these gets a tutorial; here we only ask where they stand.
+# none of them, and here we only ask where they stand. NEFTune adds noise to the embedding. (IA)³ scales keys, values
+# and the hidden layer. LoRA changes matrices. LoReFT edits the stream.
 #
-# **Predict:** NEFTune adds noise to the embedding. (IA)³ scales keys, values and the hidden layer. LoRA changes
-# matrices. ReFT edits the stream.
+# **Predict:** which of the names above does each stand on, and which of the four has nothing to train?
 
 # %%
 names, where = {site: name for name, site in sites.items()}, {}
@@ -233,9 +233,10 @@ for adapter in (minireft.NEFTune(model), minireft.IA3(model), minireft.LoRA(mode
     method, stands = type(adapter).__name__, [names[site] for site, _ in adapter.edits()]
     where[method] = sorted({name.split(".", 2)[-1] for name in stands})
     print(f"{method:8}{adapter.num_parameters():7,} parameters, {len(stands):2} sites: {', '.join(where[method])}")
-    with adapter:
+    with adapter:                                                         # on for this pass, off afterwards
         model(tokens)
 assert where["NEFTune"] == ["embed"] and where["LoReFT"] == ["output"] and where["IA3"] == ["attention.kv", "ffn.act"]
+assert minireft.NEFTune(model).num_parameters() == 0
 assert torch.equal(model(tokens), before)                                 # all are off again: the same bits
 
 # %% [markdown]

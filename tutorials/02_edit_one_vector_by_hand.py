@@ -3,7 +3,7 @@
 #
 # **Can you change a model's mind by adding one vector to one token, with no training at all?**
 #
-# *Before:* tutorial 1: stream, site, edit. *Time:* 25 minutes.
+# *Before:* tutorial 1 (stream, site, edit), the softmax. *Time:* 25 minutes.
 #
 # Run it with `python tutorials/02_edit_one_vector_by_hand.py`, step through it in a debugger, or open it as a
 # notebook.
@@ -60,7 +60,7 @@ LAYER = 1
 h_good, h_bad = states(model, good, LAYER)[:, WORD], states(model, bad, LAYER)[:, WORD]          # (98, C) both
 v = h_bad.mean(0) - h_good.mean(0)                                        # (C,)
 single = (h_bad[:, None] - h_good[None, :]).norm(dim=-1).mean()           # over all pairs
-print(f"a state is {h_good.norm(dim=-1).mean():.1f} long, two single ones are {single:.1f} apart, v is {v.norm():.1f} long")
+print(f"a state is {h_good.norm(dim=-1).mean():.1f} long, two are {single:.1f} apart, v is {v.norm():.1f} long")
 assert v.norm() < single
 
 # %% [markdown]
@@ -187,7 +187,7 @@ assert torch.allclose(by_hand, by_library, atol=1e-3) and steer.num_parameters()
 # **Predict:** with `v` added, what are the bad reviews called? With strength −1, what are the good ones called?
 
 # %%
-for steer.strength in (1.0, -1.0):
+for steer.strength in (1.0, -1.0):                                        # v added, and v subtracted
     with steer:
         flipped = share(new_good, SAD), share(new_bad, HAPPY)
     print(f"strength {steer.strength:+.0f}:  good called sad {flipped[0]:.2f}   bad called happy {flipped[1]:.2f}")

@@ -3,7 +3,7 @@
 #
 # **What does h + Rᵀ(W h + b − R h) do to a vector: what is overwritten, and what is left?**
 #
-# *Before:* tutorials 1 and 2: stream, site, edit, difference of means. *Time:* 35 minutes.
+# *Before:* tutorials 1 and 2 (stream, site, edit, difference of means). *Time:* 35 minutes.
 #
 # Run it with `python tutorials/03_loreft_from_its_equation.py`, step through it in a debugger, or open it as a
 # notebook.
@@ -30,7 +30,7 @@ assert minireft.generate(model, tokenizer, reviews, max_new_tokens=1) == ["happy
 #
 # LoReFT (Wu et al. 2024, equation 2) edits a vector h of C numbers:
 #
-# Φ(h) = h + Rᵀ(W h + b − R h)
+# `Φ(h) = h + Rᵀ(W h + b − R h)`
 #
 # `R` has r rows of C numbers, each of length 1 and at right angles to the others; `W` has the same shape, `b` has r
 # numbers; r, the *rank*, is small. Read it from the inside. `R h` is what h has along the rows of R: r numbers. `W h +
@@ -54,7 +54,7 @@ assert torch.allclose(edited @ across.T, h @ across.T, atol=1e-5)         # left
 
 # %% [markdown]
 # That is the whole idea. **Overwritten:** the r numbers along R become W h + b, whatever they were. **Left:**
-# everything at right angles to R, to the last digit. Points move along R and in no other direction.
+# everything at right angles to R. Points move along R and in no other direction.
 #
 # What W and b are decides what is written. Three choices are worth knowing by heart.
 #
@@ -120,7 +120,7 @@ assert min(flipped) > 0.9
 #
 # `minireft.LoReFT` is that equation as an adapter. It keeps `w`, `b`, and a matrix `m` from which R is made: any
 # matrix whose rows are independent gives rows of length 1 at right angles
-# (`minireft.adapters.orthonormal.orthonormalise`; tutorial 5 is about how). The edit itself is one operation,
+# (`minireft.adapters.orthonormal.orthonormalise` says how). The edit itself is one operation,
 # `minireft.ops.low_rank_edit_at_`, its formula in plain PyTorch is `minireft.reference.low_rank_edit`.
 #
 # **Predict:** how many parameters does one edit of rank 1 have? And what does a new one change?
@@ -141,9 +141,9 @@ assert all(same) and torch.allclose(reft.rotations()[L - 1], R, atol=1e-5)
 # %% [markdown]
 # ## Train it
 #
-# So far R, W and b came from our own head. Now forget them: start from a random R and let gradient descent find all
-# three, from reviews with the answer exchanged. The model's weights stay as they are. We look at the hidden words
-# before and after.
+# So far R, W and b came from us. Now forget them: start from a random R and let gradient descent find all three, from
+# reviews with the answer exchanged. The model's weights stay as they are. We look at the hidden words before and
+# after.
 #
 # **Predict:** how many of the hidden reviews does it exchange after 100 steps? Will its R have anything to do with
 # ours?
@@ -155,11 +155,12 @@ def exchanged(goods, bads):
             for a in ASPECTS for w, mood in pairs]
 
 training, test = exchanged(GOOD[:7], BAD[:7]), exchanged(GOOD[7:], BAD[7:])
-print(training[0])
+print(training[0].prompt, training[0].completion)
 torch.manual_seed(0)
 trained = minireft.LoReFT(model, rank=1, layers=[L - 1], positions="l1")
 before = minireft.evaluate(model, tokenizer, test, metrics=("rank",)).rank
-minireft.train(model, [trained], training, minireft.TrainConfig(steps=100, lr=0.01), progress=False)
+run = minireft.train(model, [trained], training, minireft.TrainConfig(steps=100, lr=0.01), progress=False)
+print(f"loss of the first batch {run.losses[0]:.2f}, of the last {run.losses[-1]:.2f}")
 
 # %%
 with trained:
@@ -197,6 +198,7 @@ assert there[0].mean() < there[1].mean() and put[0].mean() > put[1].mean()
 # **Predict:** our edit moves every review through the mirror. How far does it move them in that other direction?
 
 # %%
+import matplotlib.pyplot as plt
 h = torch.cat(new)                                                        # (196, C)
 rest = h - h @ R.T @ R                                                    # (196, C) at right angles to R
 side = torch.linalg.svd(rest - rest.mean(0), full_matrices=False).Vh[0]   # (C,) where the rest varies most
@@ -207,20 +209,21 @@ assert along > 1 and aside < 0.01
 
 # %%
 # Picture: left, states cross the mirror along R, at their height; right, what is written along R against what was there
-import matplotlib.pyplot as plt
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.4), width_ratios=(1.2, 1))
 for i, name in enumerate(("good reviews", "bad reviews")):
     x, to, y = (z[98 * i : 98 * i + 98] for z in ((h @ R.T)[:, 0], (out @ R.T)[:, 0], h @ side))     # (98,) each
-    left.plot(x, y, "o", ms=4, label=name)
-    left.quiver(x[::9], y[::9], (to - x)[::9], 0 * y[::9], color=f"C{i}", angles="xy", scale_units="xy", scale=1)
+    left.plot(x, y, "o", to, y, "x", color=f"C{i}", ms=5)
+    left.hlines(y[::9], x[::9], to[::9], color=f"C{i}", alpha=0.4)
     right.plot(there[i], put[i], "o", ms=4, label=name)
-left.axvline(m.item(), color="C3", ls=":"), right.axline((0, 0), slope=1, color="C3", ls=":")
-left.set(xlabel="along R (dotted: the mirror, m)", ylabel="at right angles to R", title="By hand: level arrows")
+left.axvline(m.item(), color="C3", ls=":")
+right.axline((0, 0), slope=1, color="C3", ls=":")
+left.set(xlabel="along R (dotted: the mirror, m)", ylabel="at right angles to R", title="By hand: ● before, × after")
 right.set(xlabel="R h, what was there", ylabel="W h + b, what is written", title="Trained (dotted: no change)")
-right.legend(loc="upper right"), plt.show()
+right.legend(loc="upper right")
+plt.show()
 
 # %% [markdown]
-# On the left, arrows are level: the height, all that is not R, stays. On the right, the trained edit writes a low
+# On the left the lines are level: the height, at right angles to R, stays. On the right, the trained edit writes a low
 # number where a high one was and a high one where a low one was.
 #
 # ## More than one direction
@@ -252,7 +255,7 @@ assert before.rank < 0.6
 # %%
 torch.manual_seed(0)
 verdicts = minireft.LoReFT(model, rank=4, layers="all", positions="f7+l7")
-minireft.train(model, [verdicts], training, minireft.TrainConfig(steps=200, lr=0.01), progress=False)
+run = minireft.train(model, [verdicts], training, minireft.TrainConfig(steps=200, lr=0.01), progress=False)
 with verdicts:
     after = [minireft.evaluate(model, tokenizer, part, metrics=("rank",)) for part in (validation, test)]
 verdicts.print_trainable_parameters()

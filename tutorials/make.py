@@ -145,18 +145,18 @@ def page(source: Path, notebook) -> tuple[str, dict[str, bytes]]:
         if solution := SOLUTION.search(cell.source + "\n"):
             code = fenced(textwrap.dedent(solution[2]), "python")
             parts.append(f"<details><summary>Solution</summary>\n\n{code}\n\n</details>")
+        if said := "".join(output.text for output in cell.outputs if output.get("name") == "stdout"):
+            parts.append(fenced("\n".join(line.rstrip() for line in said.splitlines()), "text"))
         for output in cell.outputs:
-            if output.output_type == "stream" and output.name == "stdout":
-                parts.append(fenced(output.text, "text"))
-            elif "image/png" in output.get("data", {}):
+            if output.get("name") == "stdout":
+                continue
+            if "image/png" in output.get("data", {}):
                 name = f"{source.stem}{len(pictures) + 1 if pictures else ''}.png"
                 pictures[name] = base64.b64decode(output.data["image/png"])
                 described = re.search(r"^# Picture: (.+)$", cell.source, re.M)
                 parts.append(f"![{described[1] if described else source.stem}]({name})")
-            elif "text/plain" in output.get("data", {}):
-                parts.append(fenced(output.data["text/plain"], "text"))
             else:
-                raise ValueError(f"{source.name} writes what no page should show: {output}")
+                raise ValueError(f"{source.name} shows what no page should; print it, or give it a name: {output}")
     parts.append(f"---\n[All tutorials](../README.md) · [source](../{source.name}) · [exercises](../exercises/{source.name})")
     text = "\n\n".join(parts) + "\n"
     for place in (str(ROOT), str(Path.home()), tempfile.gettempdir() + "/"):
