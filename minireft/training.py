@@ -54,6 +54,8 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(known)}")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"lr is {self.lr}: expected a number above 0")
+        if not (math.isfinite(self.clip) and self.clip >= 0):
+            raise ValueError(f"clip is {self.clip}: expected the gradient's largest norm, or 0 for no clipping")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup is {self.warmup}: expected a share of the steps, from 0 to below 1")
         if self.batch_size % self.accumulate:
@@ -87,8 +89,10 @@ def make_optimizer(config: TrainConfig, parameters: list) -> torch.optim.Optimiz
 
 @contextlib.contextmanager
 def prepared(model: Model, adapters: list[Adapter], config: TrainConfig):
-    """Attaches what is not attached, freezes or frees the base, sets training mode; undoes all of it, come what may."""
-    before, training, recompute, mine = [p.requires_grad for p in model.parameters()], model.training, model.recompute, []
+    """Attaches what is not attached, freezes all that is not to be trained, sets training mode; undoes it, come what may."""
+    training, recompute, mine = model.training, model.recompute, []
+    others = [p for adapter in model.adapters if adapter not in adapters for p in adapter.parameters()]
+    before = [(p, p.requires_grad) for p in (*model.parameters(), *others)]
     try:
         for adapter in adapters:
             if adapter.model is not model:
@@ -96,6 +100,8 @@ def prepared(model: Model, adapters: list[Adapter], config: TrainConfig):
             if not adapter.attached:
                 mine.append(adapter.attach())
         model.requires_grad_(config.full).train()
+        for parameter in others:
+            parameter.requires_grad_(False)
         model.recompute = config.recompute
         yield
     finally:
@@ -103,7 +109,7 @@ def prepared(model: Model, adapters: list[Adapter], config: TrainConfig):
             adapter.detach()
         model.train(training)
         model.recompute = recompute
-        for parameter, was in zip(model.parameters(), before):
+        for parameter, was in before:
             parameter.requires_grad_(was)
             if not was:
                 parameter.grad = None
@@ -137,6 +143,7 @@ def train(model: Model, adapters: list[Adapter] = (), examples: list[Example] = 
         if any(isinstance(adapter, Bank) for adapter in adapters) and not all(row.task for row in rows):
             raise ValueError("a bank is to be trained, and some examples name no task: give each Example its task=...")
         optimizer = make_optimizer(config, trained)
+        optimizer.zero_grad()                                             # an interrupted step may have left gradients
         first = checkpoint.begin(optimizer, resume) if checkpoint else 0
         team.start_equal(trained)
         losses, started = [], time.perf_counter()
@@ -181,7 +188,7 @@ def one_step(model, adapters, rows, step, config, optimizer, trained, rate, team
     loss in nats a token."""
     device, B = trained[0].device, config.batch_size
     chosen = order(len(rows), config.seed, step * B, B)                   # which examples, the same on every process
-    count = sum(len(rows[i].ids) - rows[i].prompt_length for i in chosen)  # answer tokens in all shares and pieces together
+    count = sum(len(rows[i].ids) - max(1, rows[i].prompt_length) for i in chosen)           # answer tokens of the whole batch
     share = B // team.size
     piece, total = share // config.accumulate, torch.zeros((), device=device)
     for first in range(team.rank * share, (team.rank + 1) * share, piece):
@@ -195,13 +202,11 @@ def one_step(model, adapters, rows, step, config, optimizer, trained, rate, team
         loss.backward()
         total += loss.detach()
     team.sum([total] + [p.grad for p in trained if p.grad is not None])
-    total = total.item()
-    if not math.isfinite(total):
+    total, norm = total.item(), torch.nn.utils.clip_grad_norm_(trained, config.clip or math.inf).item()
+    if not (math.isfinite(total) and math.isfinite(norm)):
         optimizer.zero_grad()
-        raise FloatingPointError(f"the loss became {total} at step {step}: lower the learning rate ({config.lr}), raise the warm-up, "
-                                 "or clip more; the last checkpoint is untouched")
-    if config.clip:
-        torch.nn.utils.clip_grad_norm_(trained, config.clip)
+        raise FloatingPointError(f"the loss became {total} and its gradient {norm} at step {step}: lower the learning rate ({config.lr}), "
+                                 "raise the warm-up, or clip more; the last checkpoint is untouched")
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
@@ -217,7 +222,7 @@ class Checkpoint:
         data = [(row.ids, row.prompt_length, row.task) for row in rows]
         kinds = [[type(adapter).__name__, adapter.options] for adapter in adapters]
         digests = {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in
-                   (("base", fingerprint(model)), ("data", data))}
+                   (("base", asdict(model.config) if config.full else fingerprint(model)), ("data", data))}
         self.run = json.loads(json.dumps({"config": asdict(config), "adapters": kinds, **digests}))
         self.path = self.out / "checkpoint.pt"
 
