@@ -53,6 +53,7 @@ def promoted(model, tokenizer, direction: Tensor, count: int = 5) -> tuple[list[
     return [tokenizer.decode([i]) for i in order[:count]], [tokenizer.decode([i]) for i in order[::-1][:count]]
 
 
+@torch.no_grad()
 def similarity(a: Tensor, b: Tensor) -> float:
     """‖A Bᵀ‖² / min(r_a, r_b), A and B orthonormal bases of the spans of two sets of rows (r, C): 1 where one subspace holds
     the other, 0 where they are orthogonal, about r/C by chance."""

@@ -113,13 +113,13 @@ def test_positions_are_of_the_prompts_real_tokens(positions, pick, side):
 
 
 def test_the_strict_rule():
-    model, tokens = small.model(), torch.stack(small.rows([4, 4]))
+    model, tokens = small.model(), torch.stack(small.rows([5, 5]))
     for positions, need in (("f3+l2", 5), ("f5", 5), ("0,4", 2), ("0,-4,3", 3)):
         adapter = LoReFT(model, positions=positions, strict=True)
-        with adapter, pytest.raises(ValueError, match=f"row 0 is too short for its positions: . of {need} can be edited.*short-prompt rule"):
-            model(tokens, None, torch.tensor([3, 4]))                     # ‘0,-4,3’ names token 3 of 4 once, so never of 3
+        with adapter, pytest.raises(ValueError, match=f"row 1 is too short for its positions: . of {need} can be edited.*short-prompt rule"):
+            model(tokens, None, torch.tensor([5, 4]))                     # "0,-4,3" names three tokens of 5, and two of 4
         with LoReFT(model, positions=positions):
-            model(tokens, None, torch.tensor([3, 4]))                     # the default shares out what there is
+            model(tokens, None, torch.tensor([5, 4]))                     # the default shares out what there is
     for positions in ("f3+l1", "l4", "0,1,-1", "all", "all+generated"):
         with LoReFT(model, positions=positions, strict=True):
             model(tokens)
@@ -151,7 +151,7 @@ def test_a_steering_vector_is_added_and_not_trained():
     assert adapter.num_parameters() == 0
     with pytest.raises(ValueError, match="nothing to train"):
         minireft.train(model, [adapter], [minireft.Example("w1", "w2")], tokenizer=model.tokenizer, progress=False)
-    for wrong in (torch.zeros(3, 16), torch.zeros(2, 15), torch.zeros(16)):
+    for wrong in (torch.zeros(3, 16), torch.zeros(16, 2), torch.zeros(16)):
         with pytest.raises(ValueError, match="vectors have shape .*expected .2, 16., one row a layer"):
             SteeringVector(model, wrong, layers=[1, 2])
 

@@ -97,7 +97,7 @@ class ReFT(Adapter):
     def rotations(self) -> dict:
         """{layer: U (r, C)}, orthonormal R in LoReFT. Untied: {"3 prefix": R, "3 suffix": R}."""
         with torch.no_grad():
-            U = self.parts()[2]                                           # (S, K, r, C)
+            U = self.parts()[2].detach()                                  # (S, K, r, C)
         if self.tied:
             return {layer: U[slot, 0] for slot, layer in enumerate(self.layers)}
         return {f"{layer} {part}": U[slot, k] for slot, layer in enumerate(self.layers) for k, part in enumerate(("prefix", "suffix"))}
