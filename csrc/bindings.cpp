@@ -305,7 +305,7 @@ Two low_rank_edit_at_(Tensor h, const Tensor& positions, const Tensor& down, con
                       const Optional& tasks, bool save) {
   if (h.dim() != 3) fail("h must have shape (B, T, C)");
   const int64_t B = h.size(0), T = h.size(1), C = h.size(2);
-  if (C > 1 && h.stride(2) != 1) fail("h must have last stride 1 to be edited in place, got " + std::to_string(h.stride(2)));
+  if (C > 1 && h.numel() > 0 && h.stride(2) != 1) fail("h must have last stride 1 to be edited in place, got " + std::to_string(h.stride(2)));
   const Weights w(down, up, bias, h, C, tasks.has_value());
   const Edit e = edit_of(h, w, B, T, C, positions, tasks);
   const int64_t N = save ? B * e.P : 0;

@@ -8,12 +8,12 @@ vmap and torch.func: the formula in plain PyTorch, which vectorises it.  No seco
 
 from __future__ import annotations
 
+import functools
 import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import reference
 
@@ -105,6 +105,16 @@ def _tracked(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
+def _first_derivative(backward):
+    """backward as it is, but an error where its own gradient is asked for: it would be wrong in silence."""
+    @functools.wraps(backward)
+    def checked(ctx, *gradients):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError('minireft\'s kernels have no second derivatives: leave create_graph out, or ops.use("reference")')
+        return backward(ctx, *gradients)
+    return checked
+
+
 def _plainly(formula, *arguments):
     """The reference, with its arithmetic kept out of autocast's hands."""
     device = arguments[0].device.type
@@ -142,7 +152,7 @@ class _LowRankEdit(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @_first_derivative
     def backward(ctx, g):
         wanted = ctx.needs_input_grad
         gradients = _libraries[ctx.library]["low_rank_edit_backward"](g, *ctx.saved_tensors, wanted[1], any(wanted[2:]))
@@ -204,7 +214,7 @@ class _LowRankEditAt(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @_first_derivative
     def backward(ctx, g):
         h, _, *weights = wanted = ctx.needs_input_grad[2:7]
         dh, *gradients = _where(
@@ -257,7 +267,7 @@ class _Scale(torch.autograd.Function):
         return _libraries[library]["scale"](x, up, l, tasks, activation)
 
     @staticmethod
-    @once_differentiable
+    @_first_derivative
     def backward(ctx, g):
         wanted = ctx.needs_input_grad[2:5]
         gradients = _libraries[ctx.library]["scale_backward"](g, *ctx.saved_tensors, ctx.activation, wanted[2])
@@ -284,7 +294,7 @@ class _ScalePair(torch.autograd.Function):
         return _libraries[library]["scale_pair"](x, y, l_x, l_y, tasks)
 
     @staticmethod
-    @once_differentiable
+    @_first_derivative
     def backward(ctx, g_x, g_y):
         gradients = _libraries[ctx.library]["scale_pair_backward"](g_x, g_y, *ctx.saved_tensors)
         return None, *_where(ctx.needs_input_grad[1:5], gradients), None
@@ -320,7 +330,7 @@ class _NoisyEmbedding(torch.autograd.Function):
         return _libraries[library]["noisy_embedding"](ids, weight, *arguments)
 
     @staticmethod
-    @once_differentiable
+    @_first_derivative
     def backward(ctx, g):
         (ids,) = ctx.saved_tensors
         order = ids.reshape(-1).argsort(stable=True)                       # (BT,): equal ids add up in their own order

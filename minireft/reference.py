@@ -189,7 +189,7 @@ def philox_noise(seed: Tensor | int, rows: Tensor, index: Tensor, C: int, distri
         radius = (-2 * ((top[..., 0::2] + 1) * 2.0 ** -24).log()).sqrt()                       # (B, T, C/4, 2)
         angle = top[..., 1::2] * (2 * math.pi * 2.0 ** -24)
         eps = torch.stack([radius * angle.cos(), radius * angle.sin()], -1)                    # (B, T, C/4, 2, 2)
-    return eps.reshape(*rows.shape, -1)[..., :C]
+    return eps.reshape(*rows.shape, 4 * len(blocks))[..., :C]
 
 
 def philox(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
@@ -254,13 +254,13 @@ def _vector(x: Tensor, l: Tensor, tasks: Tensor | None) -> Tensor:
     if tasks is None:
         return l                                                                               # (C,)
     chosen = torch.where((tasks >= 0)[:, None], l[tasks.clamp(min=0)], 1)                      # (B, C)
-    return chosen.view(len(tasks), *[1] * (x.dim() - 2), -1)
+    return chosen.view(len(tasks), *[1] * (x.dim() - 2), l.shape[1])
 
 
 def _sum_to(products: Tensor, l: Tensor, tasks: Tensor | None) -> Tensor:
     """The gradient of l from g ⊙ ∂out/∂l: summed over all rows, or over the rows of each task."""
     if tasks is None:
         return products.flatten(0, -2).sum(0).to(l.dtype)                                      # (C,)
-    per_row = products.reshape(len(tasks), -1, l.shape[1]).sum(1)                              # (B, C)
+    per_row = products.reshape(len(tasks), math.prod(products.shape[1:-1]), l.shape[1]).sum(1)    # (B, C)
     onto = torch.where(tasks >= 0, tasks, len(l))                                              # (B,)
     return per_row.new_zeros(len(l) + 1, l.shape[1]).index_add(0, onto, per_row)[:-1].to(l.dtype)
