@@ -111,6 +111,14 @@ def pretrain(args) -> None:
     print(f"saved {args.out}; now: minireft generate --base {args.out} \"question : where does anna live ? answer :\"")
 
 
+def convert(args) -> None:
+    """Writes a base or an adapter in another program's form."""
+    from .formats.convert import convert
+    foreign = {"positions": args.positions} if args.positions else {}
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    print(f"wrote {args.dst} ({args.to}): {convert(args.src, args.dst, args.base, args.to, dtype, **foreign)}")
+
+
 def bench(args) -> None:
     """Runs the program in benchmarks/, outside the package, that belongs to this command, with its own options."""
     program = Path(minireft.__file__).parent.parent / "benchmarks" / PROGRAMS[args.command]
@@ -175,7 +183,7 @@ def number(kind, least, above=False):
 COMMANDS = {                            # in the order of --help
     "everyday": {demo: "tune the shipped base in several ways and see what changed", tune: "train one method on a task or on your own file",
                  generate: "continue a prompt", evaluate: "score a base or an adapter", doctor: "what is installed here, and what is missing"},
-    "tools": {pretrain: "train a base from nothing", bench: "time the CPU kernels beside plain PyTorch (in a clone)",
+    "tools": {pretrain: "train a base from nothing", convert: "write a base or an adapter in another program's form", bench: "time the CPU kernels beside plain PyTorch (in a clone)",
               profile: "count what a CUDA kernel does, without a GPU (in a clone)"},
 }
 
@@ -240,6 +248,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="a smaller one, in under ten minutes")
     add("--seed", type=int, default=0, metavar="N", help="of the weights and the corpus (default: 0)")
     add("--processes", type=number(int, 1), default=2, metavar="N", help="of one thread each (default: 2)")
+
+    add = p[convert].add_argument
+    add("src", metavar="FROM", help="a base (ours, Hugging Face's folder, llama2.c's .bin) or, with --base, an adapter (ours, pyreft's, PEFT's)")
+    add("dst", metavar="TO", help="a new file or folder")
+    add("--to", choices=("minireft", "huggingface", "pyreft", "peft"), default="minireft", metavar="FORM",
+        help="minireft (default) or huggingface for a base; minireft, pyreft or peft for an adapter")
+    add("--base", metavar="FOLDER", help="the base that the adapter is for")
+    add("--positions", metavar="WHERE", help="of a pyreft folder, which does not say: fN+lM (default: f7+l7)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), metavar="NAME", help="of a base's stored weights: float32 (default), bfloat16, float16")
     return parser
 
 

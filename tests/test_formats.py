@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import minireft
 import plain
 import small
+from minireft.cli import main
 from minireft.formats import huggingface, llama2c, peft, pyreft
 from minireft.formats.convert import convert
 
@@ -687,3 +688,14 @@ def test_conversions_that_are_refused(tmp_path):
     with pytest.raises(ValueError, match="is there already"):
         convert(tmp_path / "base", tmp_path / "base")
     assert not (tmp_path / "new").exists()
+
+
+def test_convert_from_the_command_line(tmp_path, capsys):
+    minireft.save(small.model("llama"), None, tmp_path / "base")
+    write_pyreft(tmp_path / "theirs", "LoreftIntervention", (1,), True)
+    assert main(["convert", str(tmp_path / "theirs"), str(tmp_path / "ours"), "--base", str(tmp_path / "base"), "--positions", "l1"]) == 0
+    assert "positions='l1'" in capsys.readouterr().out
+    assert main(["convert", str(tmp_path / "base"), str(tmp_path / "new"), "--to", "huggingface", "--dtype", "bfloat16"]) == 0
+    assert minireft.load(tmp_path / "new")[0].config == small.model("llama").config
+    assert main(["convert", str(tmp_path / "base"), str(tmp_path / "new")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
