@@ -47,22 +47,29 @@ def evaluating(model: Model):
 
 def generate_ids(model: Model, prompts: list[list[int]], max_new_tokens: int, eos: int | None, temperature: float = 0.0,
                  top_p: float = 1.0, seed: int = 0, tasks: Tensor | None = None) -> list[list[int]]:
-    """Token ids in, new token ids out (without the end of text). Ends at `eos`, max_new_tokens, or a full context."""
-    device, B = model.embed.weight.device, len(prompts)
+    """Token ids in, new token ids out (without the end of text). Ends at `eos`, max_new_tokens, or a full context.
+
+    A row that has ended leaves the batch, so that no row's end depends on the others.
+    """
+    device, most = model.embed.weight.device, model.config.context
     generator = torch.Generator(device).manual_seed(seed) if temperature else None
     tokens, mask = left_padded(prompts, device)                           # (B, T)
-    steps = min(max_new_tokens, model.config.context - tokens.shape[1])
-    cache, new, done = Cache(model, B, tokens.shape[1] + steps), [], torch.zeros(B, dtype=torch.bool, device=device)
+    new, rows, steps = [[] for _ in prompts], list(range(len(prompts))), min(max_new_tokens, most - min(map(len, prompts)))
+    cache = Cache(model, len(rows), tokens.shape[1] + steps)
     with evaluating(model):
         for step in range(steps):
             h, context = model.stream(tokens, mask if step == 0 else None, tasks=tasks, cache=cache)    # (B, T or 1, C)
             tokens = pick(model.head(h[:, -1], context=context), temperature, top_p, generator)[:, None]   # (B, 1)
-            new.append(tokens)
-            if eos is not None:
-                done |= tokens[:, 0] == eos
-                if done.all():
-                    break
-    return [cut(row, eos) for row in torch.cat(new, 1).tolist()] if new else [[] for _ in prompts]
+            for row, token in zip(rows, tokens[:, 0].tolist()):
+                new[row].append(token)
+            going = [i for i, row in enumerate(rows) if new[row][-1] != eos and len(prompts[row]) + len(new[row]) < most]
+            if not going:
+                break
+            if len(going) < len(rows):
+                keep = torch.tensor(going, device=device)
+                cache.select(keep)
+                tokens, tasks, rows = tokens[keep], tasks if tasks is None else tasks[keep], [rows[i] for i in going]
+    return [cut(row, eos) for row in new]
 
 
 def search_ids(model: Model, prompts: list[list[int]], max_new_tokens: int, eos: int | None, beams: int,

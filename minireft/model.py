@@ -172,12 +172,14 @@ class Cache:
         self.mask = torch.ones(batch, capacity, dtype=torch.bool, device=like.device)      # (B, S), True = real token
         self.padded = False                                               # whether any token so far is padding
         self.length = 0                                                   # tokens written, padding included
+        self.longest = 0                                                  # real tokens of the row that has most
 
     def see(self, mask: Tensor | None, T: int) -> Tensor | None:
         """Takes in the mask (B, T) of the tokens about to be written; returns that of all (B, S), None if none is padding."""
         if mask is not None:
             self.padded = True
             self.mask[:, self.length : self.length + T] = mask
+        self.longest = self.longest + T if mask is None else int(self.mask[:, : self.length + T].sum(1).max())
         return self.mask[:, : self.length + T] if self.padded else None
 
     def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,6 +192,7 @@ class Cache:
     def select(self, rows: Tensor) -> None:
         """Keeps the batch rows `rows` (B',), in that order: beam search and finished sequences."""
         self.keys, self.values, self.mask = self.keys[:, rows], self.values[:, rows], self.mask[rows]
+        self.longest = int(self.mask[:, : self.length].sum(1).max())
 
 
 @dataclass
@@ -350,9 +353,9 @@ class Model(nn.Module):
             raise ValueError("tasks are given, and nothing is attached that reads them: attach the bank first")
         if mask is not None and mask.dtype != torch.bool:
             raise ValueError(f"mask is {mask.dtype}: expected torch.bool, True = real token")
-        total = T + (cache.length if cache else 0)
-        if total > self.config.context:
-            raise ValueError(f"{total} tokens do not fit this model's context of {self.config.context}: shorten the prompt")
+        longest, total = (T + cache.longest, T + cache.length) if cache else (T, T)
+        if longest > self.config.context:
+            raise ValueError(f"{longest} tokens do not fit this model's context of {self.config.context}: shorten the prompt")
         if cache and (total > cache.mask.shape[1] or B != cache.mask.shape[0]):
             raise ValueError(f"the cache holds {tuple(cache.mask.shape)} (rows, tokens): {(B, total)} do not fit")
 
