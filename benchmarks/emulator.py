@@ -7,6 +7,7 @@ import ctypes
 import hashlib
 import json
 import os
+import re
 import subprocess
 from contextlib import contextmanager
 from ctypes import c_bool, c_char_p, c_float, c_int, c_int64, c_void_p
@@ -21,15 +22,12 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "swiglu": 3}
 
 
-def build(csrc: Path = ROOT / "csrc", folder: Path = ROOT / "build" / "emulator", flags: str = "-O2",
-          only: tuple[str, ...] = SOURCES) -> Path:
+def build(csrc: Path = ROOT / "csrc", folder: Path = ROOT / "build" / "emulator", flags: str = "-O2") -> Path:
     """Compile the kernels of `csrc` for the emulator into one shared object; objects of unchanged sources are reused."""
     folder.mkdir(parents=True, exist_ok=True)
-    headers = b"".join(p.read_bytes() for p in sorted(csrc.rglob("*.*h")) if "cpu/" not in str(p))
     objects = []
-    for source in only:
-        code = (csrc / source).read_bytes()
-        name = hashlib.sha256(headers + code + flags.encode()).hexdigest()[:16]
+    for source in SOURCES:
+        name = hashlib.sha256(_with_headers(csrc / source) + flags.encode()).hexdigest()[:16]
         objects.append(folder / f"{Path(source).stem}-{name}.o")
         if not objects[-1].exists():
             partial = objects[-1].with_suffix(f".{os.getpid()}")
@@ -46,6 +44,12 @@ def build(csrc: Path = ROOT / "csrc", folder: Path = ROOT / "build" / "emulator"
         subprocess.run([os.environ.get("CXX", "g++"), "-shared", *flags.split(), *map(str, objects), "-o", str(partial)], check=True)
         partial.rename(library)
     return library
+
+
+def _with_headers(path: Path) -> bytes:
+    """What a source says, and what the headers say that it includes, and so on."""
+    code = path.read_bytes()
+    return code + b"".join(_with_headers(path.parent / name.decode()) for name in re.findall(rb'#include "(.+?)"', code))
 
 
 # ---- the structs of csrc/launchers.h -------------------------------------------------------------------------------

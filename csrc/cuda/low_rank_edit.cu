@@ -68,12 +68,12 @@ struct Plan {
 
 Plan plan(const Edit& e) {
   const int64_t N = e.B * e.P, bytes = e.dtype == Dtype::f32 ? 4 : 2, weights = e.weight_dtype == Dtype::f32 ? 4 : 2;
-  Plan p{N, e.K * (2 * e.r * e.C + e.r), 1};
+  Plan p{larger(1, N), e.K * (2 * e.r * e.C + e.r), 1};
   const int64_t blocks = ceil_div(e.C, LANES * 16 / bytes) * ceil_div(e.r, by_mma(e) ? SUM_RANKS : RANKS) * 2 * e.K;
   p.splits = larger(1, smaller(32, smaller(256 / blocks, N * bytes / (96 * e.r * e.K))));
   const int64_t room = l2_size() * 3 / 4 - 2 * e.K * e.r * e.C * weights - p.splits * p.sums * 4;
   const int64_t rows = room / (3 * e.C * bytes) / GROUPS * GROUPS;
-  if (rows > 0) p.chunk = smaller(N, rows);
+  if (rows > 0) p.chunk = larger(1, smaller(N, rows));
   return p;
 }
 
