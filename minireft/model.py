@@ -250,7 +250,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """h ← h + attention(norm(h));  h ← h + ffn(norm(h));  then the site `output`, where ReFT edits the stream."""
+    """h ← h + attention(norm(h));  h ← h + ffn(norm(h));  then the site `output`: the stream that goes on."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()

@@ -1,0 +1,97 @@
+"""Bases on disk: saved and loaded to the bit, and refused with a reason when they are not whole.
+
+Run:  pytest tests/test_checkpoint.py
+See:  the same configuration, tokenizer and logits from a folder as from the model that wrote it.
+"""
+
+import json
+
+import pytest
+import small
+import torch
+
+import minireft
+from minireft import load, save
+from minireft.files import read_tensors, write_tensors
+
+
+@pytest.mark.parametrize("name", small.CONFIGS)
+def test_a_folder_gives_the_model_back_to_the_bit(name, tmp_path):
+    model, (tokens, mask) = small.model(name), small.pad(small.rows([3, 6]), "left")
+    save(model, model.tokenizer, tmp_path / "base")
+    loaded, tokenizer = load(tmp_path / "base")
+    assert loaded.config == model.config and small.same_bits(small.bits(loaded), small.bits(model))
+    assert torch.equal(loaded(tokens, mask), model(tokens, mask))
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters()) and loaded.tokenizer is tokenizer
+    assert tokenizer.vocabulary == model.tokenizer.vocabulary and tokenizer.encode("w1 w5") == model.tokenizer.encode("w1 w5")
+    assert (loaded.head.weight is loaded.embed.weight) == model.config.tied
+    tensors, _ = read_tensors(tmp_path / "base" / "model.safetensors")
+    assert ("head.weight" in tensors) != model.config.tied                # a shared weight is stored once
+
+
+def test_stored_in_half_and_loaded_in_any_dtype(tmp_path):
+    model = small.model()
+    save(model, None, tmp_path, dtype=torch.bfloat16)
+    assert all(tensor.dtype == torch.bfloat16 for tensor in read_tensors(tmp_path / "model.safetensors")[0].values())
+    assert all(p.dtype == torch.float32 for p in model.parameters())      # the model itself is left alone
+    for dtype in (None, torch.float32, torch.bfloat16, torch.float64):
+        loaded, tokenizer = load(tmp_path, dtype=dtype)
+        assert tokenizer is None and loaded.tokenizer is None
+        for p, q in zip(loaded.parameters(), model.parameters()):
+            assert p.dtype == (dtype or torch.float32) and torch.equal(p, q.bfloat16().to(p.dtype))
+    assert load(tmp_path, device="cpu")[0].embed.weight.device.type == "cpu"
+
+
+def test_a_loaded_base_trains_and_saves_again(tmp_path):
+    model = small.model("gpt2")
+    save(model, model.tokenizer, tmp_path / "a")
+    loaded, tokenizer = load(tmp_path / "a")
+    minireft.train(loaded, [], [minireft.Example("w1", "w2")], minireft.TrainConfig(steps=2, batch_size=1, full=True), progress=False)
+    save(loaded, tokenizer, tmp_path / "b")
+    again, _ = load(tmp_path / "b")
+    assert small.same_bits(small.bits(again), small.bits(loaded)) and not small.same_bits(small.bits(again), small.bits(model))
+    assert again.head.weight is again.embed.weight
+
+
+def test_what_is_not_whole_is_refused_in_one_sentence(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no base at"):
+        load(tmp_path / "nowhere")
+    model = small.model()
+    save(model, model.tokenizer, tmp_path)
+    config, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
+    text, whole, settings = config.read_text(), weights.read_bytes(), json.loads(config.read_text())
+    for broken in ("", "{", "[]", "3", json.dumps({**settings, "format": "other"}), json.dumps({**settings, "wings": 2}),
+                   json.dumps({k: v for k, v in settings.items() if k != "width"}), json.dumps({k: v for k, v in settings.items() if k != "format"}),
+                   json.dumps({**settings, "heads": 3}), json.dumps({**settings, "width": "16"})):
+        config.write_text(broken)
+        with pytest.raises(ValueError):
+            load(tmp_path)
+    for changed, words in (({"layers": 4}, "blocks.3"), ({"vocab_size": 30}, "embed.weight has shape \\(29, 16\\), expected \\(30, 16\\)"),
+                           ({"tied": False}, "head.weight has shape None")):
+        config.write_text(json.dumps({**settings, **changed}))
+        with pytest.raises(ValueError, match=words):
+            load(tmp_path)
+    config.write_text(text)
+    for damaged in (b"", whole[:50], whole[: len(whole) // 2], whole[:-3], b"\xff" * 8 + whole[8:]):
+        weights.write_bytes(damaged)
+        with pytest.raises(ValueError, match="model.safetensors"):
+            load(tmp_path)
+    write_tensors(weights, {**{name: t for name, t in model.state_dict().items() if name != "head.weight"}, "more": torch.zeros(1)})
+    with pytest.raises(ValueError, match="more has shape"):
+        load(tmp_path)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match="model.safetensors"):
+        load(tmp_path)
+
+
+def test_a_write_that_fails_leaves_the_old_weights(tmp_path, monkeypatch):
+    model = small.model()
+    save(model, model.tokenizer, tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr("minireft.files.os.fsync", full)
+    with pytest.raises(OSError, match="cannot write"):
+        save(small.model(seed=1), model.tokenizer, tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before and not list(tmp_path.glob("*.partial"))
