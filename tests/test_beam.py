@@ -44,6 +44,36 @@ def test_with_enough_beams_it_is_the_best_of_all(eos, attached):
         assert adapter is None or adapter.attached
 
 
+def slow_search(model, prompt, steps, eos, beams):
+    """Beam search with lists, and all tokens anew at every step."""
+    kept = [(0.0, [])]
+    for _ in range(steps):
+        longer = []
+        for score, tokens in kept:
+            if eos in tokens:
+                longer.append((score, tokens))
+                continue
+            with torch.no_grad():
+                p = model(torch.tensor([prompt + tokens]), None, torch.tensor([len(prompt)]))[0, -1].log_softmax(-1).tolist()
+            longer += [(score + p[token], tokens + [token]) for token in range(len(p))]
+        kept = sorted(longer, key=lambda beam: -beam[0])[:beams]
+    best = max(kept, key=lambda beam: beam[0] / len(beam[1]))[1]
+    return best[: best.index(eos)] if eos in best else best
+
+
+@pytest.mark.parametrize("beams", [2, 3])
+def test_few_beams_keep_what_they_should(beams):
+    ended = 0
+    for seed in range(8):
+        model, (row,) = small.model(seed=seed), small.rows([4], seed)
+        (likely,) = generate_ids(model, [row.tolist()], 3, None)          # an end that comes soon, and frees no place
+        with small.randomise(LoReFT(model, positions="l2"), seed, std=0.1):
+            (found,) = search_ids(model, [row.tolist()], 6, likely[1], beams)
+            assert found == slow_search(model, row.tolist(), 6, likely[1], beams)
+        ended += len(found) < 6
+    assert 0 < ended < 8
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_one_beam_is_greedy(name):
     model, prompts = small.model(name), [row.tolist() for row in small.rows([4, 1, 7])]
