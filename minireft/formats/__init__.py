@@ -17,4 +17,5 @@ def read_adapter(folder, model) -> tuple[str, dict, dict]:
         return pyreft.read(folder)
     if peft.is_folder(folder):
         return peft.read(folder, model)
-    raise ValueError(f"{folder} holds no adapter that is known: expected a file of minireft's, or a folder of pyreft's or PEFT's")
+    raise ValueError(f"{folder} holds no adapter that is known: expected a file of minireft's, "
+                     "or a folder of pyreft's or PEFT's")

@@ -47,16 +47,17 @@ def rows(pairs: dict[str, str]) -> dict[str, Row]:
 
 LLAMA = Family(
     settings={"vocab_size": ("vocab_size", GIVEN), "width": ("hidden_size", GIVEN), "layers": ("num_hidden_layers", GIVEN),
-              "heads": ("num_attention_heads", GIVEN), "hidden": ("intermediate_size", GIVEN), "context": ("max_position_embeddings", 2048),
-              "kv_heads": ("num_key_value_heads", None), "head_dim": ("head_dim", None), "norm_eps": ("rms_norm_eps", 1e-6),
-              "rotary_base": ("rope_theta", 10000.0), "tied": ("tie_word_embeddings", False), "bias": ("attention_bias", False)},
+              "heads": ("num_attention_heads", GIVEN), "hidden": ("intermediate_size", GIVEN),
+              "context": ("max_position_embeddings", 2048), "kv_heads": ("num_key_value_heads", None), "head_dim": ("head_dim", None),
+              "norm_eps": ("rms_norm_eps", 1e-6), "rotary_base": ("rope_theta", 10000.0),
+              "tied": ("tie_word_embeddings", False), "bias": ("attention_bias", False)},
     fixed={"norm": "rms", "positions": "rotary", "activation": "swiglu"},
     allowed={"hidden_act": ("silu",), "rope_scaling": (None,), "partial_rotary_factor": (None, 1.0)},
     weights=rows({
         "model.embed_tokens.weight": "embed.weight",
         "model.layers.{}.input_layernorm.weight": "blocks.{}.attention_norm.weight",
-        **{f"model.layers.{{}}.self_attn.{theirs}_proj.{part}": f"blocks.{{}}.attention.{ours}.{part}" for part in ("weight", "bias")
-           for theirs, ours in (("q", "query"), ("k", "key"), ("v", "value"), ("o", "output"))},
+        **{f"model.layers.{{}}.self_attn.{theirs}_proj.{part}": f"blocks.{{}}.attention.{ours}.{part}"
+           for part in ("weight", "bias") for theirs, ours in (("q", "query"), ("k", "key"), ("v", "value"), ("o", "output"))},
         "model.layers.{}.post_attention_layernorm.weight": "blocks.{}.ffn_norm.weight",
         **{f"model.layers.{{}}.mlp.{name}_proj.{part}": f"blocks.{{}}.ffn.{name}.{part}" for part in ("weight", "bias")
            for name in ("gate", "up", "down")},
@@ -66,20 +67,23 @@ LLAMA = Family(
     architecture="LlamaForCausalLM")
 
 GPT2 = Family(
-    settings={"vocab_size": ("vocab_size", GIVEN), "width": ("n_embd", GIVEN), "layers": ("n_layer", GIVEN), "heads": ("n_head", GIVEN),
-              "hidden": ("n_inner", None), "context": ("n_positions", GIVEN), "norm_eps": ("layer_norm_epsilon", 1e-5),
+    settings={"vocab_size": ("vocab_size", GIVEN), "width": ("n_embd", GIVEN), "layers": ("n_layer", GIVEN),
+              "heads": ("n_head", GIVEN), "hidden": ("n_inner", None), "context": ("n_positions", GIVEN),
+              "norm_eps": ("layer_norm_epsilon", 1e-5),
               "activation": ("activation_function", "gelu_new"), "tied": ("tie_word_embeddings", True)},
     fixed={"norm": "layer", "positions": "learned", "bias": True},
     allowed={"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)},
     weights={
-        **rows({"transformer.wte.weight": "embed.weight", "transformer.wpe.weight": "position.weight", "lm_head.weight": "head.weight"}),
-        **rows({f"transformer.{theirs}.{part}": f"{ours}.{part}" for part in ("weight", "bias")
-                for theirs, ours in (("h.{}.ln_1", "blocks.{}.attention_norm"), ("h.{}.ln_2", "blocks.{}.ffn_norm"), ("ln_f", "norm"))}),
-        **{f"transformer.h.{{}}.{theirs}.{part}": Row(tuple(f"blocks.{{}}.{name}.{part}" for name in ours), transposed=part == "weight")
-           for part in ("weight", "bias")                # Conv1D: a Linear stored as (in, out); c_attn: query, key and value in one
-           for theirs, ours in (("attn.c_attn", ("attention.query", "attention.key", "attention.value")),
-                                ("attn.c_proj", ("attention.output",)), ("mlp.c_fc", ("ffn.up",)), ("mlp.c_proj", ("ffn.down",)))}},
-    ignored=("attn.bias", "attn.masked_bias"),
+        **rows({"transformer.wte.weight": "embed.weight", "transformer.wpe.weight": "position.weight",
+                "lm_head.weight": "head.weight"}),
+        **rows({f"transformer.{theirs}.{part}": f"{ours}.{part}" for part in ("weight", "bias") for theirs, ours in (
+            ("h.{}.ln_1", "blocks.{}.attention_norm"), ("h.{}.ln_2", "blocks.{}.ffn_norm"), ("ln_f", "norm"))}),
+        # Conv1D, a Linear stored as (in, out); c_attn is query, key and value in one
+        **{f"transformer.h.{{}}.{theirs}.{part}": Row(tuple(f"blocks.{{}}.{name}.{part}" for name in ours), part == "weight")
+           for part in ("weight", "bias") for theirs, ours in (
+               ("attn.c_attn", ("attention.query", "attention.key", "attention.value")), ("attn.c_proj", ("attention.output",)),
+               ("mlp.c_fc", ("ffn.up",)), ("mlp.c_proj", ("ffn.down",)))}},
+    ignored=(".attn.bias", ".attn.masked_bias"),
     architecture="GPT2LMHeadModel")
 
 MISTRAL = LLAMA._replace(settings={**LLAMA.settings, "kv_heads": ("num_key_value_heads", GIVEN)})
@@ -113,8 +117,9 @@ def read_config(settings: dict, where="config.json") -> tuple[Family, ModelConfi
         fields["activation"] = one_of(ACTIVATIONS, fields["activation"], "activation_function", where)
     if fields["hidden"] is None:
         fields["hidden"] = 4 * fields["width"]
-    if fields.get("bias") != settings.get("mlp_bias", False) and family is LLAMA:
-        raise ValueError(f"{where} has attention_bias {fields['bias']} but mlp_bias {settings.get('mlp_bias', False)}: minireft has both or neither")
+    mlp_bias = settings.get("mlp_bias", False)
+    if family is LLAMA and fields["bias"] != mlp_bias:
+        raise ValueError(f"{where} has attention_bias {fields['bias']} but mlp_bias {mlp_bias}: minireft has both or neither")
     window = sliding_window(kind, settings)
     if window:                                                            # up to there, all of it is seen
         fields["context"] = min(fields["context"], window)
@@ -173,8 +178,10 @@ def find_tensors(folder: Path) -> dict[str, Path]:
         with opened(single) as file:
             return dict.fromkeys(file.keys(), single)
     if any(folder.glob("pytorch_model*.bin")):
-        raise ValueError(f"{folder} holds pickled weights only (pytorch_model.bin): reading those can run code; fetch or write safetensors")
-    raise FileNotFoundError(f"{folder} holds no weights: expected model.safetensors, or shards with model.safetensors.index.json")
+        raise ValueError(f"{folder} holds pickled weights only (pytorch_model.bin), and reading those can run code: "
+                         "fetch or write safetensors")
+    raise FileNotFoundError(f"{folder} holds no weights: expected model.safetensors, or shards and their "
+                            "model.safetensors.index.json")
 
 
 def plan(folder: Path, family: Family, model: Model) -> dict[Path, dict[str, Row]]:
@@ -190,10 +197,11 @@ def plan(folder: Path, family: Family, model: Model) -> dict[Path, dict[str, Row
                 wanted[name.partition(".")[2] if bare and name.startswith(BODIES) else name] = here
     unknown = [name for name in where if name not in wanted and not name.endswith(family.ignored)
                and not (name == "lm_head.weight" and model.config.tied)]
-    for problem, names in (("lacks", sorted(wanted.keys() - where.keys())), ("has weights that minireft would not use,", sorted(unknown))):
+    for problem, names in (("lacks", wanted.keys() - where.keys()), ("has weights that minireft would not use,", unknown)):
         if names:
-            raise ValueError(f"{folder} {problem} {', '.join(names[:4])}{' ...' if len(names) > 4 else ''} ({len(names)} in all): "
-                             "the weights do not fit config.json, or the architecture is another")
+            some = ", ".join(sorted(names)[:4]) + (" ..." if len(names) > 4 else "")
+            raise ValueError(f"{folder} {problem} {some} ({len(names)} in all): the weights do not fit config.json, or the "
+                             "architecture is another")
     todo: dict[Path, dict[str, Row]] = {}
     for name, row in wanted.items():
         todo.setdefault(where[name], {})[name] = row
@@ -294,4 +302,5 @@ def save(model: Model, tokenizer, path, dtype=None) -> None:
         tokenizer.save(folder / "tokenizer.json")
         names = {i: token for token, i in tokenizer.vocabulary.items()}
         named = {f"{role}_token": names.get(getattr(tokenizer, f"{role}_id")) for role in ("bos", "eos", "pad")}
-        files.write_text(folder / "tokenizer_config.json", json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **named}, indent=2) + "\n")
+        named["tokenizer_class"] = "PreTrainedTokenizerFast"
+        files.write_text(folder / "tokenizer_config.json", json.dumps(named, indent=2) + "\n")

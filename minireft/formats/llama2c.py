@@ -38,15 +38,15 @@ def read_header(path: Path) -> tuple[ModelConfig, tuple[str, ...], int]:
     if struct.unpack_from("<I", header)[0] == MAGIC:
         version = struct.unpack_from("<i", header, 4)[0]
         if version != 1:
-            raise ValueError(f"{path} is a llama2.c file of version {version}: expected the legacy layout or version 1 (2 is quantised)")
+            raise ValueError(f"{path} is a llama2.c file of version {version}: expected the legacy layout, or version 1 "
+                             "(2 is quantised)")
         sizes, tied, order, start = struct.unpack_from("<7i", header, 8), bool(header[36]), VERSION1, 256
     else:
         sizes = struct.unpack_from("<7i", header)
         tied, order, start = sizes[5] > 0, LEGACY, 28                     # a negative vocabulary says: the head is its own
     width, hidden, layers, heads, kv_heads, vocabulary, context = sizes
     try:
-        config = ModelConfig(vocab_size=abs(vocabulary), width=width, layers=layers, heads=heads, hidden=hidden, context=context,
-                             kv_heads=kv_heads, tied=tied)
+        config = ModelConfig(abs(vocabulary), width, layers, heads, hidden, context, kv_heads=kv_heads, tied=tied)
     except ValueError as error:
         raise ValueError(f"{path} is no llama2.c model: {error}") from error
     return config, order, start
@@ -124,6 +124,7 @@ def read_tokenizer(path, vocab_size: int) -> Tokenizer:
               for cut in range(1, len(piece)) if piece[:cut] in scores and piece[cut:] in scores]
     inner = tokenizers.Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                       decoders.Strip(" ", 1, 0)])
     inner.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in list(vocabulary)[:3]])
     return Tokenizer(inner, {"bos": "<s>", "eos": "<s>"})

@@ -21,8 +21,9 @@ from . import huggingface
 SITES = {"attention.query": "query", "attention.key": "key", "attention.value": "value", "attention.output": "attention_output",
          "ffn.gate": "gate", "ffn.up": "up", "ffn.down": "ffn_output"}
 # Settings that would change what is computed, with the values that do not.
-PLAIN = {"bias": ("none", None), "use_dora": (False, None), "lora_bias": (False, None), "modules_to_save": (None, []), "rank_pattern": ({}, None),
-         "alpha_pattern": ({}, None), "trainable_token_indices": (None, []), "use_qalora": (False, None)}
+PLAIN = {"bias": ("none", None), "use_dora": (False, None), "lora_bias": (False, None), "use_qalora": (False, None),
+         "rank_pattern": ({}, None), "alpha_pattern": ({}, None), "modules_to_save": (None, []),
+         "trainable_token_indices": (None, [])}
 
 
 def is_folder(folder) -> bool:
@@ -50,7 +51,8 @@ def read(folder, model) -> tuple[str, dict, dict[str, Tensor]]:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         kind = config["peft_type"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'adapter_config.json'} describes no adapter of PEFT's ({error}): fetch it again") from error
+        raise ValueError(f"{folder / 'adapter_config.json'} describes no adapter of PEFT's ({error}): "
+                         "fetch it again") from error
     if kind not in ("LORA", "IA3"):
         raise ValueError(f"{folder} holds a {kind} of PEFT's: expected LORA or IA3")
     for name, values in PLAIN.items():
@@ -102,7 +104,8 @@ def read_lora(config: dict, parts: dict, model, folder):
         a, b = (stack(named[part], model.config.layers, folder) for part in ("lora_A", "lora_B"))      # (L, r, in), (L, out, r)
         sizes = [linear(model, site).weight.shape[0] for site in sites]
         if b.shape[1] != sum(sizes):
-            raise ValueError(f"{folder} has lora_B of shape {tuple(b.shape[1:])} for {' and '.join(sites)}: expected {sum(sizes)} rows")
+            raise ValueError(f"{folder} has lora_B of shape {tuple(b.shape[1:])} for {' and '.join(sites)}: "
+                             f"expected {sum(sizes)} rows")
         for site, mine in zip(sites, b.split(sizes, 1)):                  # one A for query, key and value where they are packed
             tensors |= {f"{site}_a": a, f"{site}_b": mine.contiguous()}
     # α / r is the scale there and here; rsLoRA's is α / √r
@@ -120,7 +123,8 @@ def read_ia3(parts: dict, model, folder):
         l = stack(one, model.config.layers, folder)                       # (L, out, 1), or (L, 1, in) on the input
         if l.shape[1] == 1 and l.shape[2] > 1:
             if sites != ("ffn_output",):
-                raise ValueError(f"{folder} scales the input of {' and '.join(sites)}: minireft scales that of the feed-forward's last layer")
+                raise ValueError(f"{folder} scales the input of {' and '.join(sites)}: "
+                                 "minireft scales that of the feed-forward's last layer")
             sites = ("ffn",)                                              # what that layer reads
         elif sites == ("up",) and model.config.activation == "swiglu":
             sites = ("ffn",)                                              # silu(gate) ⊙ (l ⊙ up) = l ⊙ (silu(gate) ⊙ up)
@@ -141,8 +145,9 @@ def write(adapter, folder) -> None:
     """Writes a LoRA or an (IA)³ as PEFT saves it. ValueError where its modules have no place for a site."""
     kind, model, folder = type(adapter).__name__, adapter.model, Path(folder)
     if kind not in ("LoRA", "IA3") or adapter.options.get("layer_norm"):
-        raise ValueError(f"PEFT has no {kind}{' with layer norms' if kind == 'IA3' else ''}: expected LoRA, or IA3 without layer norms")
+        raise ValueError(f"PEFT has no {kind}{' with layer norms' if kind == 'IA3' else ''}: expected LoRA, or IA3 without")
     mine = {name: parameter.detach() for name, parameter in adapter.named_parameters()}
+    family = huggingface.family_of(model.config)
     left, targets, feedforward, tensors = set(adapter.options["sites"]), [], [], {}
     for theirs, sites in modules(model.config).items():
         used = ("ffn",) if kind == "IA3" and sites == ("ffn_output",) and "ffn" in left else sites
@@ -154,16 +159,16 @@ def write(adapter, folder) -> None:
         for layer in range(model.config.layers):
             at = f"base_model.model.{theirs.format(layer)}"
             if kind == "LoRA":
-                tensors |= {f"{at}.lora_A.weight": mine[f"{used[0]}_a"][layer], f"{at}.lora_B.weight": mine[f"{used[0]}_b"][layer]}
+                tensors |= {f"{at}.lora_{part.upper()}.weight": mine[f"{used[0]}_{part}"][layer] for part in "ab"}
             else:
                 l = 1 + torch.cat([mine[site][layer] for site in used])
                 tensors[f"{at}.ia3_l"] = l[None] if used == ("ffn",) else l[:, None]
     if left:
-        raise ValueError(f"PEFT has no place for this {kind} at {', '.join(sorted(left))}: a {huggingface.family_of(model.config)} model "
-                         "has no module of its own for it")
+        raise ValueError(f"PEFT has no place for this {kind} at {', '.join(sorted(left))}: a {family} model has no module "
+                         "of its own for it")
     settings = {"r": adapter.options["rank"], "lora_alpha": adapter.options["alpha"], "lora_dropout": 0.0, "bias": "none"} \
         if kind == "LoRA" else {"feedforward_modules": feedforward}
     files.write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
     files.write_text(folder / "adapter_config.json", json.dumps({
         "peft_type": kind.upper(), "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "inference_mode": True,
-        "target_modules": targets, "fan_in_fan_out": huggingface.family_of(model.config) == "gpt2", **settings}, indent=2) + "\n")
+        "target_modules": targets, "fan_in_fan_out": family == "gpt2", **settings}, indent=2) + "\n")

@@ -24,7 +24,8 @@ from .. import files
 # Their class → our kind, and our parameter → (their tensor, whether it is stored as (C, r)).
 LOREFT = {"m": ("rotate_layer", True), "w": ("weight", False), "b": ("bias", False)}
 PLAIN = {"w1": ("learned_source.weight", False), "w2": ("proj_layer.weight", False), "b": ("learned_source.bias", False)}
-KINDS = {"LoreftIntervention": ("LoReFT", LOREFT), "NodireftIntervention": ("DiReFT", PLAIN), "NoreftIntervention": ("NoReFT", PLAIN)}
+KINDS = {"LoreftIntervention": ("LoReFT", LOREFT), "NodireftIntervention": ("DiReFT", PLAIN),
+         "NoreftIntervention": ("NoReFT", PLAIN)}
 FIELDS = ("layer", "component", "unit", "max_number_of_units", "low_rank_dimension", "intervention_type", "intervention",
           "subspace_partition", "group_key", "intervention_link_key", "moe_key", "source_representation",
           "hidden_source_representation", "latent_dim")                   # a representation is saved as a list of these
@@ -48,25 +49,28 @@ def read(folder) -> tuple[str, dict, dict[str, Tensor]]:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     types, keys, representations = (config.get(name) for name in ("intervention_types", "sorted_keys", "representations"))
     if not all(isinstance(found, list) and len(found) == len(types) for found in (types, keys, representations)):
-        raise ValueError(f"{folder / 'config.json'} does not list its interventions: expected as many intervention_types as sorted_keys "
-                         "and representations")
+        raise ValueError(f"{folder / 'config.json'} does not list its interventions: expected as many "
+                         "intervention_types as sorted_keys and representations")
     names = {re.sub(r"\W", "", str(name).rpartition(".")[2]) for name in types}
     if len(names) != 1 or not names <= KINDS.keys():
-        raise ValueError(f"{folder} holds {', '.join(sorted(names)) or 'nothing'}: expected one of {', '.join(KINDS)} throughout")
+        raise ValueError(f"{folder} holds {', '.join(sorted(names)) or 'nothing'}: expected one of {', '.join(KINDS)}")
     kind, table = KINDS[names.pop()]
     layers: dict[int, list] = {}                                          # layer → its interventions, in pyreft's order
     for key, saved in zip(keys, representations):
         layers.setdefault(layer_of(saved, folder), []).append(read_one(folder / f"intkey_{key}.bin", table))
     counts = {len(parts) for parts in layers.values()}
     if len(counts) != 1 or not counts <= {1, 2}:
-        raise ValueError(f"{folder} has {sorted(counts)} interventions a layer: expected one on each, or a prefix and a suffix on each")
+        raise ValueError(f"{folder} has {sorted(counts)} interventions a layer: expected one on each, or a prefix and a "
+                         "suffix on each")
     shapes = {tuple(part[name].shape for name in table) for parts in layers.values() for part in parts}
     if len(shapes) != 1:
         raise ValueError(f"{folder} mixes shapes {sorted(shapes)}: expected one rank and one width throughout")
-    tensors = {name: torch.stack([torch.stack([part[name] for part in layers[layer]]) for layer in sorted(layers)]) for name in table}
+    tensors = {name: torch.stack([torch.stack([part[name] for part in layers[layer]]) for layer in sorted(layers)])
+               for name in table}                                         # (S, K, r, C), (S, K, r)
     if kind == "LoReFT" and not orthonormal(tensors["m"]):
         kind, tensors = "NoReFT", {"w1": tensors["w"], "w2": tensors["m"], "b": tensors["b"]}
-    return kind, {"rank": tensors["b"].shape[-1], "layers": sorted(layers), "positions": "f7+l7", "tied": counts == {1}}, tensors
+    options = {"rank": tensors["b"].shape[-1], "layers": sorted(layers), "positions": "f7+l7", "tied": counts == {1}}
+    return kind, options, tensors
 
 
 def layer_of(saved, folder: Path) -> int:
@@ -103,13 +107,13 @@ def write(adapter, folder) -> None:
     if not found:
         raise ValueError(f"pyreft has no {kind}: expected one of {', '.join(ours for ours, _ in KINDS.values())}")
     if options["site"] != "output" or options["activation"]:
-        raise ValueError(f"this {kind} edits {options['site']} with activation {options['activation']}: a pyreft folder records "
-                         "edits of a block's output only, and no activation")
+        raise ValueError(f"this {kind} edits {options['site']} with activation {options['activation']}: a pyreft folder "
+                         "records edits of a block's output only, and no activation")
     (theirs, table), folder, tensors = found[0], Path(folder), dict(adapter.named_parameters())
     if kind == "LoReFT":
         tensors["m"] = adapter.parts()[2]                                 # R, not the matrix that it is made of
     keys, saved, parts, width = [], [], 1 if options["tied"] else 2, adapter.model.config.width
-    for k in range(parts):                                                # pyreft gives the first half of its list to the prefix
+    for k in range(parts):                                                # pyreft's first half of the list is the prefix's
         for slot, layer in enumerate(options["layers"]):
             keys.append(f"layer_{layer}_comp_block_output_unit_pos_nunit_1#{k}")
             saved.append([layer, "block_output", "pos", 1, options["rank"]] + [None] * (len(FIELDS) - 5))
