@@ -99,11 +99,11 @@ def test_rows_that_cannot_be_shared_are_refused(tmp_path):
         pretrain(tmp_path / "base", processes=3, progress=False, recipe=TINY)
 
 
-def test_the_learning_rate_rises_holds_and_falls():
-    recipe = Recipe(steps=1000, warmup=10, peak=1.0, floor=0.1)
+def test_the_learning_rate_follows_its_recipe():
+    recipe = Recipe(steps=1000, warmup=10, peak=2.0, rates=((0, 0.4, 1), (1, 1, 0.1)))
     rates = [learning_rate(step, recipe) for step in range(1000)]
-    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[399] == 1.0
-    assert rates[700] == pytest.approx(0.1 + 0.9 * 0.5) and rates[-1] == pytest.approx(0.1, abs=0.01)
+    assert rates[0] == pytest.approx(0.2) and rates[9] == rates[399] == 2.0
+    assert rates[700] == pytest.approx(2 * (0.1 + 0.9 * 0.5)) and rates[-1] == pytest.approx(0.2, abs=0.02)
 
 
 def test_the_shipped_base_passes_its_gates_as_its_card_says(shipped_base):

@@ -131,8 +131,8 @@ def content(name: str, example) -> object:
         clauses = re.split(r" (?:,|but) ", example.prompt.partition(": ")[2].partition(" . verdict")[0])
         return tuple(sorted(clauses))
     if name == "entailment":                                              # who or what is claimed about, and which attribute
-        claim = example.prompt.partition(" so ")[2].split()
-        value = claim[-3]
+        claim = example.prompt.partition(" claim : ")[2].removesuffix(" . so ->").split()
+        value = claim[-1]
         return next(word for word in claim if word in SUBJECTS), [n for n, a in ATTRIBUTES.items() if value in a.values][0]
     request = example.prompt.partition(" .")[0]
     if " say " in request:
@@ -204,7 +204,7 @@ def test_moods_are_weighed_right():
         for clause in content("mood", example):
             word = clause.split()[-1]
             assert word in GOOD or word in BAD
-            balance += (1 if word in GOOD else -1) * (-1 if " not " in clause else 1)
+            balance += (1 if word in GOOD else -1) * (-1 if " not " in clause else 1) * (2 if " very " in clause else 1)
         assert example.completion == ("up ." if balance > 0 else "down ." if balance < 0 else "even .")
 
 

@@ -2,10 +2,11 @@
     python -c "from minireft.tasks.corpus import Corpus; c = Corpus(); [print(c.document(1.0)) for _ in range(20)]"
 You should see facts, questions, claims, sums, stories, reviews, skills and mappings, one document a line.
 
-The mix moves: it starts heavy in copying and in mapping words to labels, which teach the model to read its context, and
-is blended between 10 % and 25 % of training into the rest (see `MIX`).
+The mix moves (see `MIX`): it starts heavy in copying and in mapping words to labels, which teach the model to read its
+context; then it is broad; then heavy in checking claims, and at last in counting stories, which are learned late.
 """
 
+from functools import lru_cache
 from random import Random
 
 import numpy as np
@@ -26,12 +27,23 @@ SKILLS = {  # a named skill: words in, words out, and how many words it takes
 TRANSLATABLE = list(DICTIONARY)
 GAINS, LOSSES = ("gets", "finds", "buys"), ("loses", "eats", "gives away")
 
-MIX = {  # document → (weight at the start, weight at the end)
-    "copies": (.16, .03), "induction": (.20, .03), "mapping": (.30, .11), "mapping_moods": (.10, .06),
-    "biography": (.06, .11), "questions": (.03, .08), "choosing": (.03, .10), "claims": (.03, .12), "notes": (.02, .09),
-    "sums": (.03, .06), "stories": (.02, .11), "reviews": (.02, .09), "skills": (.02, .09), "shown_skills": (.02, .04),
-    "lists": (.01, .02),
+# The share of training that is over, and the column of MIX in force then; in between, columns are blended.
+TURNS = (0.056, 0.14, 0.40, 0.408, 0.80, 0.808), (0, 1, 1, 2, 2, 3)
+MIX = {  # document → its weight while reading is learned, in the broad middle, while checking, and while counting is
+    "copies": (.16, .03, .02, .02), "induction": (.20, .03, .02, .02), "mapping": (.30, .11, .06, .05),
+    "mapping_moods": (.10, .06, .03, .03), "biography": (.06, .11, .05, .04), "questions": (.03, .08, .05, .03),
+    "choosing": (.03, .10, .14, .06), "claims": (.03, .12, .28, .10), "recalls": (.00, .00, .12, .02),
+    "notes": (.02, .09, .14, .06), "sums": (.03, .06, .10, .08), "stories": (.02, .11, .14, .50),
+    "reviews": (.02, .09, .05, .04), "skills": (.02, .09, .06, .04), "shown_skills": (.02, .04, .03, .02),
+    "lists": (.01, .02, .01, .01),
 }
+
+
+@lru_cache(maxsize=1)                   # one step asks for many documents
+def mix(progress: float) -> list[float]:
+    """The weight of every document of `MIX` at that share of training."""
+    column = np.interp(progress, *TURNS)
+    return [float(np.interp(column, range(len(weights)), weights)) for weights in MIX.values()]
 
 
 class Corpus:
@@ -44,9 +56,7 @@ class Corpus:
 
     def document(self, progress: float) -> str:
         """One document of the mix at `progress` in [0, 1] of training."""
-        late = min(1.0, max(0.0, (progress - 0.10) / 0.15))
-        weights = [start + late * (end - start) for start, end in MIX.values()]
-        return self.random.choices(self.writers, weights)[0]()
+        return self.random.choices(self.writers, mix(progress))[0]()
 
     def batch(self, tokenizer, rows: int, length: int, progress: float) -> np.ndarray:
         """(rows, length) int64: each row begins with a fresh document; the next follow, each closed by the end token,
@@ -173,6 +183,16 @@ class Corpus:
         right = self.chance(.5)
         said = self.said(subject, name, value if right else self.other(name, value))
         return f"claim : {said} . {'right' if right else 'wrong'} ."
+
+    def recalls(self) -> str:
+        """A fact, then claims about it: what there is to compare stands side by side."""
+        subject, name, value = self.fact()
+        parts = [f"{self.said(subject, name, value)} ."]
+        for _ in range(self.random.randint(1, 3)):
+            right = self.chance(.5)
+            said = self.said(subject, name, value if right else self.other(name, value))
+            parts.append(f"claim : {said} . {'right' if right else 'wrong'} .")
+        return " ".join(parts)
 
     def notes(self) -> str:
         """Made-up facts, then claims and questions about them: what counts is the note, not the world."""

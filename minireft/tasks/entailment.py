@@ -2,7 +2,7 @@
     python -c "from minireft import tasks; print(tasks.load('entailment', 'train', 2))"
 You should see three made-up facts, a sentence, and true, false or open.
 
-The base checks claims against notes in plain wordings; here sentence and text word a fact differently, the labels are
+The base checks claims against notes in plain wordings; here half the sentences are worded as no note is, the labels are
 new, and an open sentence comes close to the text: a value that the text gives to another subject. Content key: subject
 and attribute of the sentence.
 """
@@ -30,4 +30,4 @@ def draw(random, world):
     random.shuffle(lines)
     wordings = (*attribute.says, *(f"{wording} {{v}}" for wording in WORDINGS[name]))
     hypothesis = random.choice(wordings).format(s=subject, v=value)
-    return f"{subject} {name}", Example(f"text : {' . '.join(lines)} . so {hypothesis} ? ->", label, LABELS)
+    return f"{subject} {name}", Example(f"text : {' . '.join(lines)} . claim : {hypothesis} . so ->", label, LABELS)
