@@ -371,7 +371,7 @@ Four low_rank_edit_at_backward(const Tensor& g, const Tensor& rows, const Tensor
   Tensor dh = want_h ? empty(g, g.sizes()) : empty(g, {0}, g.scalar_type());
   if (want_h) torch::stable::copy_(dh, g);
   const Gradients d(w, want_weights);
-  const Rows from = want_h ? Rows(dh, 1) : Rows(g, 1), to = want_h ? Rows(dh, 1) : Rows();
+  const Rows from(g, 1), to = want_h ? Rows(dh, 1) : Rows();
   Tensor space = workspace(g, K.low_rank_edit_workspace(e));
   const EditBackward f{from.stream, {nullptr, 0, 0}, rows.data_ptr(), delta.data_ptr(), w.down.data_ptr(), w.up.data_ptr(),
                        to.stream, d.pointer(d.down), d.pointer(d.up), d.pointer(d.bias), space.data_ptr()};

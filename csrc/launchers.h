@@ -58,7 +58,7 @@ struct EditBackward {
   const void* rows;               // with positions: the rows that the forward pass saved, (N, C)
   const void* delta;              // (N, r) from the forward pass
   const void *down, *up;
-  Stream dh;                      // may be g.data, or null = not wanted; only active rows are written: g + Dᵀu, u = A g
+  Stream dh;                      // apart from g, or null = not wanted; only active rows are written: g + Dᵀu, u = A g
   void *ddown, *dup, *dbias;      // shaped as the weights, weight_dtype, written whole; all three null = not wanted
   void* workspace;                // as many bytes as low_rank_edit_workspace says, 16-byte aligned
 };

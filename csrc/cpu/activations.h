@@ -40,10 +40,13 @@ template <bool COARSE> vecf exp_minus(vecf x) {
   return times_power_of_2(p, n);
 }
 
-template <bool COARSE> vecf logistic(vecf x) { return reciprocal<COARSE>(1.f + exp_minus<COARSE>(at_least(x, -87.f))); }
-template <bool COARSE> vec<double> logistic(vec<double> x) {
-  for (int i = 0; i < lanes<double>; ++i) x[i] = 1 / (1 + std::exp(-x[i]));
-  return x;
+// σ(x) and 1 − σ(x), the second without cancellation.
+template <bool COARSE> void logistic(vecf x, vecf& s, vecf& rest) {
+  const vecf e = exp_minus<COARSE>(at_least(x, -87.f));
+  s = reciprocal<COARSE>(1.f + e), rest = e * s;
+}
+template <bool COARSE> void logistic(vec<double> x, vec<double>& s, vec<double>& rest) {
+  for (int i = 0; i < lanes<double>; ++i) s[i] = 1 / (1 + std::exp(-x[i])), rest[i] = 1 / (1 + std::exp(x[i]));
 }
 
 // Φ(x) and φ(x) of the normal distribution from one exponential: Φ(−a) = e^(−a²/2) Q(1 / (1 + 0.3 a)) for a ≥ 0.
@@ -77,11 +80,14 @@ void activate(V x, V& value, V& slope) {
     value = x * cdf, slope = cdf + x * density;
   } else if constexpr (A == Activation::gelu_tanh) {  // x σ(2 a (x + b x³)), since (1 + tanh y) / 2 = σ(2 y)
     constexpr double a = 0.79788456080286535588, b = 0.044715;
-    const V square = x * x, s = logistic<COARSE>(x * (F(2 * a * b) * square + F(2 * a)));
-    value = x * s, slope = s + value * (1 - s) * (F(6 * a * b) * square + F(2 * a));
+    const V square = x * x;
+    V s, rest;
+    logistic<COARSE>(x * (F(2 * a * b) * square + F(2 * a)), s, rest);
+    value = x * s, slope = s + value * rest * (F(6 * a * b) * square + F(2 * a));
   } else {
-    const V s = logistic<COARSE>(x);
-    value = x * s, slope = s + value * (1 - s);
+    V s, rest;
+    logistic<COARSE>(x, s, rest);
+    value = x * s, slope = s + value * rest;
   }
 }
 
