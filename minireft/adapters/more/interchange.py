@@ -78,7 +78,7 @@ class Interchange(Adapter):
         with self:
             try:
                 with torch.no_grad():
-                    self.model(*pad([p.source for p in pairs], self.model.embed.weight.device))
+                    self.model.stream(*pad([p.source for p in pairs], self.model.embed.weight.device))
                 self.source = self.seen
                 tokens, mask = pad([p.base for p in pairs], self.model.embed.weight.device)
                 last = mask.sum(1) - 1                                    # (B,)

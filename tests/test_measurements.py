@@ -1,0 +1,63 @@
+"""The programs in benchmarks/ that make claims about adapters: what they measure is what they say.
+
+Run:  pytest tests/test_measurements.py           # -m slow runs the smallest of each
+See:  counterfactuals with the answers of the world, and ratios that are 1 for the floor.
+"""
+
+import argparse
+
+import pytest
+import torch
+
+import minireft
+from benchmarks import das, training
+from minireft.tasks.world import ATTRIBUTES, VOCABULARY, World
+
+
+@pytest.mark.parametrize("variable", das.POSITION)
+def test_counterfactuals_exchange_one_variable(variable):
+    tokenizer, world, split = minireft.Tokenizer.from_words(VOCABULARY), World(), das.people()
+    assert sorted(sum(split.values(), [])) == sorted(das.PEOPLE) and len({*split["train"]} & {*split["test"]}) == 0
+    wording = {ask.format(s=name): (name, attribute) for attribute in das.KNOWN for name in das.PEOPLE for ask in ATTRIBUTES[attribute].asks}
+    seen = set()
+    for pair in das.pairs(tokenizer, variable, split["test"], 200, seed=0):
+        (person, attribute), (other, asked) = (wording[tokenizer.decode(list(ids)).removeprefix("question : ").removesuffix(" ? answer :")]
+                                               for ids in (pair.base, pair.source))
+        assert person != other and attribute != asked and {person, other} <= {*split["test"]}
+        wanted = world.value[(person, asked) if variable == "attribute" else (other, attribute)]
+        assert tokenizer.decode([pair.answer]) == wanted and pair.answer in das.values(tokenizer)
+        at = das.POSITION[variable]
+        assert [tokenizer.decode([ids[at]]) for ids in (pair.base, pair.source)] == ([":", ":"] if variable == "attribute" else [person, other])
+        seen |= {person, attribute}
+    assert seen == {*split["test"], *das.KNOWN}
+    assert das.pairs(tokenizer, variable, split["test"], 9, seed=0) == das.pairs(tokenizer, variable, split["test"], 9, seed=0)
+
+
+def test_providers_make_the_step_that_they_are_named_after():
+    model = training.base(64, 2)
+    providers = training.step_providers(model, 2, 12, "f4+l4", ("LoReFT", "LoReFT, plain PyTorch", "DiReFT", "LoReFT, Householder"))
+    losses = {name: step() for name, step in providers.items()}
+    assert len(losses) == 5 and max(losses.values()) - min(losses.values()) < 1e-4         # every one begins as the base itself
+    assert model.adapters == [] and not any(site.edits for site in model.sites().values())
+    householder = training.Householder(model, rank=3)
+    with torch.no_grad():
+        R = householder.parts()[1][0, 0]
+    torch.testing.assert_close(R @ R.T, torch.eye(3), atol=1e-5, rtol=0)
+    for part, runs in training.generation_providers(model.eval(), 2, 12, "f4+l4").items():
+        assert set(runs) == {"floor", "LoReFT"} and part in ("prefill", "decoding")
+        for run in runs.values():
+            run()
+
+
+def test_ratios_are_of_the_same_round():
+    found = training.measure({"floor": lambda: sum(range(20000)), "twice": lambda: sum(range(40000)), "pyreft's floor": lambda: None}, 0)
+    assert found["rounds"] == 7 and found["providers"]["floor"]["ratio"] == [1, 1, 1]
+    assert all(len(row["milliseconds"]) == 3 and row["milliseconds"] == sorted(row["milliseconds"]) for row in found["providers"].values())
+
+
+@pytest.mark.slow
+def test_das_on_the_shipped_base(shipped_base):
+    options = argparse.Namespace(rank=16, steps=40, lr=2e-2)
+    by_layer, found = das.search(*shipped_base, "attribute", [4], options)
+    test = das.pairs(shipped_base[1], "attribute", das.people()["test"], 200, seed=3)
+    assert found.accuracy(test, das.values(shipped_base[1])) > 0.9
