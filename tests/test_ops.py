@@ -60,11 +60,7 @@ def assert_close(got, plain, truth, magnitude):
 # ---- values and gradients ---------------------------------------------------------------------------------------------
 
 
-@backends
-@operations
-@some
-@given(data=st.data())
-def test_values_are_as_exact_as_plain_pytorch(backend, name, data):
+def check_values(backend, name, data):
     case = OPERATIONS[name].draw(data, dtypes=DOUBLE if backend == "cpu" and data.draw(st.booleans(), "double") else None)
     with ops.use(backend):
         got, arguments = on(backend, case).run(ops)
@@ -79,11 +75,7 @@ def test_values_are_as_exact_as_plain_pytorch(backend, name, data):
         assert got[0].data_ptr() == arguments["h"].data_ptr()
 
 
-@backends
-@operations
-@some
-@given(data=st.data())
-def test_gradients_are_as_exact_as_plain_pytorch(backend, name, data):
+def check_gradients(backend, name, data):
     case = OPERATIONS[name].draw(data)
     with ops.use(backend):
         got = on(backend, case).gradients(ops)
@@ -94,7 +86,27 @@ def test_gradients_are_as_exact_as_plain_pytorch(backend, name, data):
         assert_close(got[argument], plain[argument], truth[argument], magnitude[argument])
 
 
-@pytest.mark.parametrize("name", [n for n in OPERATIONS])
+@pytest.mark.parametrize("backend", [BACKENDS[0], BACKENDS[2]])
+@pytest.mark.parametrize("check", [check_values, check_gradients])
+@operations
+@some
+@given(data=st.data())
+def test_as_exact_as_plain_pytorch(backend, check, name, data):
+    check(backend, name, data)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:2])
+@pytest.mark.parametrize("check", [check_values, check_gradients])
+@operations
+@few
+@given(data=st.data())
+def test_cuda_sources_as_exact_as_plain_pytorch(backend, check, name, data):
+    """Fewer examples: thread by thread is slow, and tests/test_emulator.py goes through the kernels' paths on purpose."""
+    check(backend, name, data)
+
+
+@pytest.mark.skipif(not ops.backends()["cpu"], reason="the kernels are not built")
+@operations
 @few
 @given(data=st.data())
 def test_gradients_agree_with_differences(name, data):
@@ -115,7 +127,7 @@ def test_gradients_agree_with_differences(name, data):
     assert torch.autograd.gradcheck(function, leaves, nondet_tol=0.0)
 
 
-@backends
+@pytest.mark.parametrize("backend", [BACKENDS[0], BACKENDS[2]])
 @operations
 @few
 @given(data=st.data())
@@ -156,7 +168,7 @@ def test_many_rows_same_bits_on_any_number_of_threads(backend):
 
 
 @backends
-@some
+@few
 @given(data=st.data())
 def test_uniform_noise_has_the_bits_of_the_reference(backend, data):
     case = OPERATIONS["noisy_embedding"].draw(data)
