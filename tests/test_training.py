@@ -113,6 +113,24 @@ def test_the_loss_falls_and_nothing_else_moves(kind, lr):
     assert all(p.requires_grad for adapter in adapters for p in adapter.parameters())
 
 
+def test_no_gradient_is_computed_below_the_lowest_site_nor_for_the_base():
+    model = small.model().requires_grad_(True)                            # as a new Model is
+    names = ["embed", "blocks.0.output", "blocks.1.output", "blocks.2.output"]
+    with small.tapped(model, *names) as taps:                             # beneath the edits of layers 1 and 2
+        train(model, [LoReFT(model, layers=[1, 2])], EXAMPLES, config(steps=1, accumulate=2), **QUIET)
+    assert [[seen.requires_grad for seen in taps[name].seen] for name in names] == [[False] * 2] * 3 + [[True] * 2]
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("accumulate", (1, 2))
+def test_noise_is_told_every_step_and_numbers_that_never_repeat(accumulate, monkeypatch):
+    model, told = small.model(), []
+    monkeypatch.setattr(NEFTune, "begin", lambda self, step, rows: told.append((step, rows.tolist())))
+    train(model, [LoReFT(model), NEFTune(model)], EXAMPLES, config(accumulate=accumulate), **QUIET)
+    assert [step for step, _ in told] == [step for step in range(6) for _ in range(accumulate)]
+    assert sum((rows for _, rows in told), []) == list(range(24))
+
+
 def test_a_standing_adapter_that_is_not_trained_stays_as_it_is():
     model = small.model()
     standing = small.randomise(LoReFT(model, rank=2, layers=0)).attach()
