@@ -163,16 +163,22 @@ run = minireft.train(model, [trained], training, minireft.TrainConfig(steps=100,
 print(f"loss of the first batch {run.losses[0]:.2f}, of the last {run.losses[-1]:.2f}")
 
 # %%
+longer = torch.cat((new_good, torch.full((98, 1), SAD)), 1)               # (98, T + 1) with a verdict behind it
 with trained:
     after = minireft.evaluate(model, tokenizer, test, metrics=("rank",)).rank
+    chance = model(new_good)[:, -1].softmax(-1)[:, SAD].mean()
+    behind = model(longer, prompt_lengths=torch.full((98,), 9))[:, -1]    # (98, V) what may follow the verdict
 R_found = trained.rotations()[L - 1]                                      # (1, C)
 cosine = (R_found @ R.T).item()
-print(f"hidden reviews exchanged: before {before:.2f}, after {after:.2f};   cosine of its R to ours {abs(cosine):.2f}")
-assert before < 0.1 and after > 0.9 and abs(cosine) > 0.4
+print(f"hidden reviews exchanged: before {before:.2f}, after {after:.2f}; chance of sad for good ones {chance:.2f}")
+print(f"cosine of its R to ours {abs(cosine):.2f}")
+assert torch.allclose(behind, model(longer)[:, -1], atol=1e-3)
+assert before < 0.1 and after > 0.9 and chance > 0.8 and abs(cosine) > 0.4
 
 # %% [markdown]
-# A random direction among C would have a cosine of about 1/√C to ours, and training came much closer: the loss leads
-# to where the mood is written.
+# What is left of the loss belongs to the tokens behind the verdict: an edit after the last block reaches the next word
+# and no other. A random direction among C would have a cosine of about 1/√C to ours, and training came much closer:
+# the loss leads to where the mood is written.
 #
 # What did it learn to write? For each state, draw the number that was there, R h, against the number that is put
 # there, W h + b. An edit that changes nothing would lie on the diagonal.
@@ -232,8 +238,8 @@ plt.show()
 # and the last tokens of the prompt (`f7+l7`: seven each). The rows of R are at right angles, R Rᵀ = I, so what is
 # written along one does not disturb what is written along another.
 #
-# The task is a harder one: reviews of up to five clauses with negations, and a verdict of up, down or even, words that
-# the model has never seen used so. It chooses among three.
+# The task is a harder one: reviews of three to six clauses, with negations, where `very` counts twice; and a verdict
+# of up, down or even, words that the model has never seen used so. It chooses among three.
 #
 # **Predict:** how often does the model choose right before any training?
 
@@ -242,7 +248,8 @@ from minireft import tasks
 training, test = tasks.load("mood", "train", 512), tasks.load("mood", "test", 200)
 validation = tasks.load("mood", "validation", 200)
 before = minireft.evaluate(model, tokenizer, test, metrics=("rank",))
-print(test[0].prompt, test[0].completion)
+shortest = min(test, key=lambda example: len(example.prompt))
+print(shortest.prompt, shortest.completion)
 print(f"test, before: {before}")
 assert before.rank < 0.6
 
