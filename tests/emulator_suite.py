@@ -66,6 +66,11 @@ def edit_all(emulator):
             h, g, (D, A, b) = rows(B, T, C, dtype), rows(B, T, C, dtype), weights(C, r, w)
             out, delta, _ = emulator.low_rank_edit(h, D, A, b)
             same(out, edit, dtype, h, D, A, b, what=f"edit {B, T, C, r}")
+            # δ is a sum in float; by the tensor cores, of halves that add up to 16 bits or more
+            x, wide_D, wide_b = h.flatten(0, -2).double(), D.double(), b.double()
+            terms = (x.abs() @ wide_D.abs().T + wide_b.abs()).norm()
+            error = (delta.double() - (x @ wide_D.T + wide_b)).norm()
+            assert error <= 2.0 ** (-15 if dtype != F32 and r >= 16 else -22) * terms, f"δ {dtype} {B, T, C, r}: error {error:.3g}"
             gradients = emulator.low_rank_edit_backward(g, h, None, delta, D, A)
             same(gradients, edit_backward, dtype, g, h, D, A, b, what=f"edit backward {B, T, C, r}")
 
