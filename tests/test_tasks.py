@@ -131,7 +131,7 @@ def content(name: str, example) -> object:
         clauses = re.split(r" (?:,|but) ", example.prompt.partition(": ")[2].partition(" . verdict")[0])
         return tuple(sorted(clauses))
     if name == "entailment":                                              # who or what is claimed about, and which attribute
-        claim = example.prompt.partition(" claim : ")[2].removesuffix(" . so ->").split()
+        claim = example.prompt.partition(" claim : ")[2].removesuffix(" .").split()
         value = claim[-1]
         return next(word for word in claim if word in SUBJECTS), [n for n, a in ATTRIBUTES.items() if value in a.values][0]
     request = example.prompt.partition(" .")[0]
