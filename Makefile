@@ -21,13 +21,16 @@ endif
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+# Two files of tests at a time, where pytest-xdist is there to do it.
+TWO_AT_ONCE = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo -n 2 --dist loadfile)
+
 .PHONY: demo test test-all peers-pyreft tutorials bench gpu kernels given clean
 
 demo: kernels
 	$(PYTHON) -m minireft demo
 
 test: kernels
-	$(PYTHON) -m pytest -q -m "not slow and not peers and not gpu"
+	$(PYTHON) -m pytest -q -m "not slow and not peers and not gpu" $(TWO_AT_ONCE)
 
 test-all: kernels $(INSTALLED:.venv/installed=.venv/peers)
 	$(PYTHON) -m pytest -q
@@ -42,7 +45,7 @@ bench: kernels
 	$(PYTHON) -m minireft bench
 
 gpu: kernels
-	$(PYTHON) -m pytest -q -m gpu
+	PYTHON=$(PYTHON) sh benchmarks/gpu.sh
 
 # Built in place, file by file as they change. Without a compiler everything runs on plain PyTorch.
 kernels: $(INSTALLED)
