@@ -22,7 +22,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # Two files of tests at a time, where pytest-xdist is there to do it.
-TWO_AT_ONCE = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo -n 2 --dist loadfile)
+TWO_AT_ONCE = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && printf '%s' '-n 2 --dist loadfile')
 
 .PHONY: demo test test-all peers-pyreft tutorials bench gpu kernels given clean
 
