@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ..positions import demand
 from .base import LINEARS, Adapter
-from .edits import Edit, PlainEdit, Prepared
+from .edits import Edit, PlainEdit, Prepared, by_site
 from .ia3 import IA3, scales
-from .lora import LoRA
+from .lora import BesideEach, LoRA
 from .reft import ReFT
 
 
@@ -116,7 +116,8 @@ class Bank(Adapter):
         positions = torch.where(tasks[:, None] < 0, -1, positions)
         if not past and any(where.strict for where, _ in self.rules):
             demand(positions, torch.where(tasks < 0, 0, self.least[task]))
-        return Prepared(positions, torch.where(positions < 0, -1, self.first_set[task][:, None] + group), self.ready(self.weights))
+        sets = torch.where(positions < 0, -1, self.first_set[task][:, None] + group)
+        return Prepared(positions, sets, self.ready(lambda: by_site(self.weights(), False)))
 
     # -- the members' weights, padded and stacked
 
@@ -146,15 +147,3 @@ class Bank(Adapter):
             found[name] = (torch.stack([F.pad(a, (0, 0, 0, r - a.shape[1])) for a, _ in pairs], 1),
                            torch.stack([F.pad(b, (0, r - b.shape[2])) for _, b in pairs], 1))
         return found
-
-
-class BesideEach:
-    """y + (α/r) B A x with each row's own A and B."""
-
-    def __init__(self, adapter: Bank, name: str, layer: int):
-        self.adapter, self.name, self.layer = adapter, name, layer
-
-    def __call__(self, operation, context):
-        factors, tasks = context[self.adapter]
-        a, b = (w[self.layer][tasks.clamp(min=0)] * (tasks >= 0)[:, None, None] for w in factors[self.name])   # (B, r, in), (B, out, r)
-        return lambda x: operation(x) + (x @ a.to(x.dtype).mT) @ b.to(x.dtype).mT

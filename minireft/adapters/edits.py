@@ -18,11 +18,16 @@ ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tan
 
 
 class Prepared(NamedTuple):
-    """A ReFT's state for one forward pass. S counts the edited sites, K the sets of weights that rows choose from."""
+    """A ReFT's state for one forward pass. K counts the sets of weights that rows choose from."""
 
     positions: Tensor                   # (B, P), −1 = none
     sets: Tensor | None                 # (B, P) which set each position uses, −1 = none; None: there is one
-    weights: tuple[Tensor, ...]         # down, up (S, K, r, C), bias (S, K, r); or the parts of `ReFT.parts`
+    weights: list[tuple[Tensor, ...]]   # for every site down, up ([K,] r, C), bias ([K,] r); or W, V, U, b of `ReFT.parts`
+
+
+def by_site(weights: tuple[Tensor, ...], one_set: bool) -> list[tuple[Tensor, ...]]:
+    """Weights (S, K, r[, C]) as S tuples of ([K,] r[, C]): views, whose gradients are put together at once and not site by site."""
+    return list(zip(*((w.squeeze(1) if one_set else w).unbind(0) for w in weights)))
 
 
 class Edit:
@@ -36,7 +41,7 @@ class Edit:
         if prepared is None:                                              # a decoding step: the prompt was edited in the prefill
             return operation
         positions, sets, weights = prepared
-        down, up, bias = (w[self.slot] if sets is not None else w[self.slot, 0] for w in weights)       # ([K,] r, C)
+        down, up, bias = weights[self.slot]                               # ([K,] r, C) twice, ([K,] r)
         # In place: what stands at the site so far is a fresh tensor that nothing else needs.
         return lambda x: ops.low_rank_edit_at_(operation(x), positions, down, up, bias, sets)           # (B, T, C)
 
@@ -48,11 +53,12 @@ class PlainEdit(Edit):
         prepared = context[self.adapter]
         return operation if prepared is None else lambda x: self.edit(operation(x), *prepared)
 
-    def edit(self, h: Tensor, positions: Tensor, sets: Tensor | None, parts) -> Tensor:
+    def edit(self, h: Tensor, positions: Tensor, sets: Tensor | None, weights) -> Tensor:
+        parts = weights[self.slot]                                        # (K, r, C) three times, (K, r)
         options, at = self.adapter.options, positions.clamp(min=0)[:, :, None].expand(-1, -1, h.shape[-1])     # (B, P, C)
         rows = h.gather(1, at).to(parts[0].dtype)                         # (B, P, C)
-        for k in range(parts[0].shape[1]):                                # one set, or prefix and suffix
-            W, V, up, b = (part[self.slot, k] for part in parts)          # (r, C) three times, (r,)
+        for k in range(len(parts[0])):                                    # one set, or prefix and suffix
+            W, V, up, b = (part[k] for part in parts)                     # (r, C) three times, (r,)
             if options["activation"]:
                 difference = ACTIVATIONS[options["activation"]](F.linear(rows, W, b)) - F.linear(rows, V)               # (B, P, r)
             else:

@@ -25,6 +25,18 @@ class Beside:
         return lambda x: operation(x) + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
 
 
+class BesideEach:
+    """The same in a bank, with each row's own A and B."""
+
+    def __init__(self, adapter, name: str, layer: int):
+        self.adapter, self.name, self.layer = adapter, name, layer
+
+    def __call__(self, operation, context):
+        factors, tasks = context[self.adapter]
+        a, b = (w[self.layer][tasks.clamp(min=0)] * (tasks >= 0)[:, None, None] for w in factors[self.name])   # (B, r, in), (B, out, r)
+        return lambda x: operation(x) + (x @ a.to(x.dtype).mT) @ b.to(x.dtype).mT
+
+
 class LoRA(Adapter):
     """rank r from 1; alpha α scales the update by α / r; sites: any of a block's Linears, or "all". r·(in + out)
     parameters for each Linear. Raises ValueError for values out of range."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..positions import Positions, demand
 from .base import LINEARS, Adapter, pick_layers
-from .edits import ACTIVATIONS, Edit, PlainEdit, Prepared
+from .edits import ACTIVATIONS, Edit, PlainEdit, Prepared, by_site
 from .orthonormal import orthonormalise
 
 SITES = ("output", "attention_output", "ffn_output", "query", "key", "value", "embed")
@@ -87,7 +87,7 @@ class ReFT(Adapter):
         positions = self.where.find(tokens, mask, prompt_lengths)         # (B, P)
         demand(positions, self.where.least)
         sets = None if self.tied else self.where.groups(tokens.device).expand_as(positions)  # (B, P)
-        return Prepared(positions, sets, self.ready(self.weights))
+        return Prepared(positions, sets, self.ready(lambda: by_site(self.weights(), self.tied and self.edit is Edit)))
 
     def weights(self) -> tuple[Tensor, ...]:
         W, V, U, b = self.parts()
