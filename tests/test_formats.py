@@ -339,6 +339,7 @@ def test_llama2c_models(tmp_path, tied, version):
     model, tokenizer = minireft.load(write_llama2c(tmp_path / "model.bin", w, version))
     assert np.abs(agree(model) - hand_written_llama2c(w, IDS)).max() < 1e-5
     assert tokenizer is None and model.config.tied == tied and model.config.context == 24
+    assert model.state_dict().keys() == minireft.Model(model.config).state_dict().keys()           # and no table of cosines
 
 
 def test_llama2c_files_that_are_not_whole_or_none(tmp_path):
@@ -502,6 +503,29 @@ def test_pyreft_blocks_by_their_module_names_and_activations_by_hand(tmp_path):
     assert reft.layers == [1] and reft.options["activation"] == "gelu"
 
 
+class Trap:
+    """Unpickling it calls its own code, here open(path, "w")."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_no_code_of_a_foreign_folder_runs(tmp_path):
+    model, proof = small.model("llama"), tmp_path / "ran"
+    write_pyreft(tmp_path / "reft", "LoreftIntervention", (0,), True)
+    torch.save({"weight": Trap(proof)}, tmp_path / "reft/intkey_layer_0_comp_block_output_unit_pos_nunit_1#0.bin")
+    write_peft(tmp_path / "peft", {"x": draw(1)}, peft_type="LORA", r=2, lora_alpha=4)
+    (tmp_path / "peft/adapter_model.safetensors").unlink()
+    torch.save({"weight": Trap(proof)}, tmp_path / "peft/adapter_model.bin")
+    for folder in ("reft", "peft"):
+        with pytest.raises(ValueError, match="no saved intervention|holds more than tensors"):
+            minireft.load_adapter(model, tmp_path / folder)
+        assert not proof.exists()
+
+
 def test_foreign_adapters_that_are_refused(tmp_path):
     model, folder = small.model("llama"), tmp_path / "reft"
 
@@ -647,6 +671,7 @@ def test_peft_folders_that_are_refused(tmp_path):
         minireft.load_adapter(model, tmp_path / "peft")
     for adapter, words in ((minireft.LoReFT(model), "PEFT has no LoReFT"), (minireft.IA3(model, layer_norm=True), "with layer norms"),
                            (minireft.LoRA(small.model("gpt2")), "no place for this LoRA at query, value"),
+                           (minireft.LoRA(small.model("gpt2"), sites=("query", "key", "value")), "LoRA at key, query, value"),
                            (minireft.IA3(small.model("gpt2")), "no place for this IA3 at key, value")):
         with pytest.raises(ValueError, match=words):
             peft.write(adapter, tmp_path / "out")
