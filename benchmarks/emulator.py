@@ -31,7 +31,7 @@ def build(csrc: Path = ROOT / "csrc", folder: Path = ROOT / "build" / "emulator"
         objects.append(folder / f"{Path(source).stem}-{name}.o")
         if not objects[-1].exists():
             partial = objects[-1].with_suffix(f".{os.getpid()}")
-            command = f"{os.environ.get('CXX', 'g++')} -x c++ -std=c++17 {flags} -g1 -fPIC -fvisibility=hidden -Wall -DMINIREFT_EMULATOR"
+            command = f"{os.environ.get('CXX', 'g++')} -x c++ -std=c++17 -g1 {flags} -fPIC -fvisibility=hidden -Wall -DMINIREFT_EMULATOR"
             done = subprocess.run([*command.split(), "-ffp-contract=off", "-c", str(csrc / source), "-o", str(partial)],
                                   capture_output=True, text=True)
             if done.returncode:
