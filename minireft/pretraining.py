@@ -54,8 +54,7 @@ class Recipe:
     compile: bool = True            # torch.compile pays from some thousand steps on; without a compiler it is left out
 
 
-QUICK = Recipe(width=96, layers=6, heads=3, hidden=288, steps=1800, rates=((0, 0.6, 1), (1, 1, 0.03)),
-               compile=False)
+QUICK = Recipe(width=96, layers=6, heads=3, hidden=288, steps=1800, rates=((0, 0.6, 1), (1, 1, 0.03)), compile=False)
 
 
 def pretrain(out: str | Path, quick: bool = False, seed: int = 0, processes: int = 2, progress: bool = True,
@@ -93,6 +92,11 @@ def _together(work, processes: int, *arguments) -> None:
     try:
         while not team.join():
             pass
+    except torch.multiprocessing.ProcessRaisedException as error:
+        last = str(error).strip().splitlines()[-1]
+        if last.startswith("OSError: "):                                  # a full disk, say: no traceback for that
+            raise OSError(last.partition(": ")[2]) from None
+        raise
     finally:
         for process in team.processes:
             process.kill()

@@ -86,6 +86,16 @@ def test_a_run_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [] and not multiprocessing.active_children()
 
 
+def run_out_of_disk(rank, processes):
+    raise OSError("cannot write there: no space left")
+
+
+def test_a_full_disk_in_a_process_is_one_line():
+    with pytest.raises(OSError, match="^cannot write there: no space left$"):
+        pretraining._together(run_out_of_disk, 2)
+    assert not multiprocessing.active_children()
+
+
 def test_a_folder_that_exists_is_not_touched(tmp_path):
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "mine").write_text("kept")
