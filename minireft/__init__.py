@@ -2,6 +2,8 @@
 
 from . import ops, reference, tasks
 from .adapters import (IA3, Bank, ConsReFT, DiReFT, LobiReFT, LoRA, LoReFT, NEFTune, NoReFT, SteeringVector, load_adapter)
+from .adapters.compose import Subspace, weighted_sum
+from .adapters.more.interchange import Interchange
 from .checkpoint import load, save
 from .data import Example, read_examples
 from .evaluation import evaluate
@@ -11,6 +13,7 @@ from .tokenizer import Tokenizer
 from .training import TrainConfig, train
 
 __version__ = "0.1.0"
-__all__ = ["Bank", "Cache", "ConsReFT", "DiReFT", "Example", "IA3", "LoRA", "LoReFT", "LobiReFT", "Model",
-           "ModelConfig", "NEFTune", "NoReFT", "SteeringVector", "Tokenizer", "TrainConfig", "evaluate", "generate",
-           "load", "load_adapter", "ops", "read_examples", "reference", "save", "tasks", "train"]
+__all__ = ["Bank", "Cache", "ConsReFT", "DiReFT", "Example", "IA3", "Interchange", "LoRA", "LoReFT", "LobiReFT",
+           "Model", "ModelConfig", "NEFTune", "NoReFT", "SteeringVector", "Subspace", "Tokenizer", "TrainConfig",
+           "evaluate", "generate", "load", "load_adapter", "ops", "read_examples", "reference", "save", "tasks",
+           "train", "weighted_sum"]

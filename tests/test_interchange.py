@@ -8,7 +8,7 @@ import pytest
 import small
 import torch
 
-from minireft import LoReFT
+from minireft import LoReFT, load_adapter
 from minireft.adapters.more.interchange import Interchange, Pair
 
 
@@ -115,6 +115,14 @@ def test_gradients_reach_R_alone():
     before = small.bits(model)
     das.fit(some, steps=2)
     assert all(p.requires_grad and p.grad is None for p in model.parameters()) and small.same_bits(small.bits(model), before)
+
+
+def test_what_was_found_travels(tmp_path):
+    model, some = small.model(), pairs(4)
+    das = Interchange(model, 1, rank=3, position=2)
+    das.save(tmp_path / "das")
+    again = load_adapter(model, tmp_path / "das")
+    assert (again.layer, str(again.where)) == (1, "2") and torch.equal(again.logits(some), das.logits(some))
 
 
 def test_half_precision_bases():
