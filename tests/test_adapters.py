@@ -84,6 +84,30 @@ def test_attached_it_works_and_detached_nothing_is_left(kind):
     assert model.adapters == [] and all(site.edits == [] for site in model.sites().values())
 
 
+@pytest.mark.parametrize("name", ("gemma", "gpt2"))                       # learned positions: rotary ones are turned in float32
+@pytest.mark.parametrize("kind", [kind for kind in MAKERS if kind not in ("NEFTune", "SteeringVector")])
+def test_gradients_against_finite_differences(kind, name):
+    model, (tokens, mask), step = small.model(name, dtype=torch.float64), batch(), 1e-6
+    adapter = small.randomise(MAKERS[kind](model)).double()
+    parameters, tasks = list(adapter.parameters()), torch.tensor([1, 0, -1]) if kind == "Bank" else None
+    for training in (False, True) if kind != "LoReFT activation" else (False,):             # that one has dropout
+        model.train(training)                                             # the fused activations stand in training only
+        with adapter:
+            def loss():
+                return model(tokens, mask, tasks=tasks)[mask].sin().sum()
+            gradients = torch.autograd.grad(loss(), parameters)
+            for p, g in zip(parameters, gradients):
+                direction = torch.randn(p.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+                with torch.no_grad():
+                    p.add_(step * direction)
+                    above = loss()
+                    p.sub_(2 * step * direction)
+                    below = loss()
+                    p.add_(step * direction)
+                slope = ((above - below) / (2 * step)).item()
+                assert (g * direction).sum().item() == pytest.approx(slope, rel=1e-5, abs=1e-6) and slope != 0
+
+
 def test_several_stand_together_and_leave_in_any_order():
     shuffle = random.Random(0)
     for _ in range(12):
@@ -282,30 +306,20 @@ def test_wrong_layers_are_named(layers):
     assert repr(layers) in str(error.value)
 
 
-def compiled(model):
+def test_compiled_first_attached_and_detached_later_is_honoured():
+    """Where a hook would be ignored. Gradients, and every kind, are compiled in test_compile.py."""
+    model, (tokens, mask) = small.model(layers=1), batch()
     torch._dynamo.reset()
-    return torch.compile(model, fullgraph=True, backend="aot_eager")
-
-
-@pytest.mark.parametrize("kind", ["LoReFT", "LoReFT activation", "DiReFT", "IA3", "LoRA", "NEFTune", "Bank"])
-def test_compiled_first_and_attached_later_is_honoured(kind):
-    model = small.model()
-    fast, (tokens, mask) = compiled(model), batch()
-    before = fast(tokens, mask)
-    torch.testing.assert_close(before, model(tokens, mask), atol=1e-5, rtol=1e-5)
-    adapter = small.randomise(MAKERS[kind](model))
-    tasks = torch.tensor([0, 1, 0]) if kind == "Bank" else None
-    model.train(kind == "NEFTune")
-    with adapter:
-        expected = model(tokens, mask, tasks=tasks)
-        out = fast(tokens, mask, tasks=tasks)
-        assert not torch.allclose(expected, before, atol=1e-3)
-        torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
-        if kind != "NEFTune":                                             # gradients too
-            names, parameters = zip(*adapter.named_parameters())
-            for loss in (model, fast):
-                gradients = torch.autograd.grad(loss(tokens, mask, tasks=tasks).square().mean(), parameters)
-                for name, g, h in zip(names, gradients, wanted if loss is fast else gradients):
-                    torch.testing.assert_close(g, h, atol=1e-5, rtol=1e-3, msg=name)
-                wanted = gradients
-    torch.testing.assert_close(fast(tokens, mask), before, atol=1e-5, rtol=1e-5)
+    fast = torch.compile(model, fullgraph=True, backend="aot_eager")
+    quiet = fast(tokens, mask)
+    torch.testing.assert_close(quiet, model(tokens, mask), atol=1e-5, rtol=1e-5)
+    for adapter in (small.randomise(LoReFT(model)), small.randomise(IA3(model)), NEFTune(model, alpha=50.0)):
+        model.train(isinstance(adapter, NEFTune))
+        with adapter:
+            adapter.begin(4)
+            expected = model(tokens, mask)
+            adapter.begin(4)
+            torch.testing.assert_close(fast(tokens, mask), expected, atol=1e-5, rtol=1e-5)
+            assert not torch.allclose(expected, quiet, atol=1e-3)
+        model.eval()
+        torch.testing.assert_close(fast(tokens, mask), quiet, atol=1e-5, rtol=1e-5)
