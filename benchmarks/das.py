@@ -1,5 +1,5 @@
 """Does the base keep "what is asked" and "who is asked about" in subspaces of their own? Distributed alignment search.
-Run: python benchmarks/das.py [--base FOLDER] [--write]      (--write replaces results/das.json)
+Run: python benchmarks/das.py [--base FOLDER] [--write]      (--write updates results/das.json)
 You should see, for both variables, interchange accuracy by layer, and on people never trained on: found, and its controls.
 
 A pair is two questions about different people and different things, `question : what is the home of anna ? answer :`. The
@@ -14,7 +14,6 @@ import argparse
 import datetime
 import json
 import random
-import time
 from pathlib import Path
 
 import torch
@@ -54,18 +53,23 @@ def values(tokenizer) -> list[int]:
     return sorted({tokenizer.encode(value)[0] for name in KNOWN for value in ATTRIBUTES[name].values})
 
 
-def search(model, tokenizer, variable: str, layers, options) -> tuple[dict, Interchange]:
-    """Validation accuracy by layer, and the search at the best one."""
-    split, by_layer, best = people(), {}, None
-    train, validation = (pairs(tokenizer, variable, split[part], count, seed) for part, count, seed in (("train", 3000, 1), ("validation", 300, 2)))
+def search(model, tokenizer, variable: str, layers, options) -> tuple[dict, dict, Interchange]:
+    """Accuracy by layer on the people of the validation split, of what was found and of the whole state; and the best found.
+
+    Of equally good layers the last: the deeper, the more else a state holds, so the more there is to tell apart.
+    """
+    split, found, whole, best, among = people(), {}, {}, None, values(tokenizer)
+    train = pairs(tokenizer, variable, split["train"], 3000, seed=1)
+    validation = pairs(tokenizer, variable, split["validation"], 160, seed=2)
     for layer in layers:
         torch.manual_seed(0)
         das = Interchange(model, layer, options.rank, POSITION[variable])
         das.fit(train, steps=options.steps, lr=options.lr)
-        by_layer[layer] = das.accuracy(validation, values(tokenizer))
-        if best is None or by_layer[layer] > by_layer[best.layer]:
+        found[layer] = das.accuracy(validation, among)
+        whole[layer] = Interchange(model, layer, model.config.width, POSITION[variable]).accuracy(validation, among)
+        if best is None or found[layer] >= found[best.layer]:
             best = das
-    return by_layer, best
+    return found, whole, best
 
 
 def main(argv=None) -> dict:
@@ -73,38 +77,44 @@ def main(argv=None) -> dict:
     parser.add_argument("--base", default="base")
     parser.add_argument("--layers", default="all", help="which to search, e.g. 2,3,4")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--lr", type=float, default=2e-2)
+    parser.add_argument("--pairs", type=int, default=400, help="to report on")
     parser.add_argument("--variable", choices=("attribute", "person"), action="append", help="default: both")
-    parser.add_argument("--write", action="store_true", help="replace results/das.json")
-    options, started = parser.parse_args(argv), time.perf_counter()
+    parser.add_argument("--write", action="store_true", help="update results/das.json")
+    options = parser.parse_args(argv)
     torch.set_num_threads(1)
     model, tokenizer = minireft.load(options.base)
     torch.manual_seed(1)
     untrained = minireft.Model(model.config).requires_grad_(False).eval()
     layers = list(range(model.config.layers)) if options.layers == "all" else [int(x) for x in options.layers.split(",")]
-    results = {"base": str(options.base), "rank": options.rank, "steps": options.steps, "pairs": 600, "date": datetime.date.today().isoformat(),
-               "torch": torch.__version__, "variables": {}}
+    results = {}
     for variable in options.variable or ("attribute", "person"):
-        test = pairs(tokenizer, variable, people()["test"], 600, 3)
-        alone = [Pair(p.base, p.base, p.answer) for p in test]            # nothing is exchanged
-        by_layer, das = search(model, tokenizer, variable, layers, options)
-        at_random = search(untrained, tokenizer, variable, [das.layer], options)[1]
+        test = pairs(tokenizer, variable, people()["test"], options.pairs, seed=3)
+        unchanged = [Pair(p.base, p.base, p.answer) for p in test]
+        by_layer, whole_by_layer, das = search(model, tokenizer, variable, layers, options)
+        at_random = search(untrained, tokenizer, variable, [das.layer], options)[2]
         torch.manual_seed(2)
-        turned, whole = (Interchange(model, das.layer, rank, POSITION[variable]) for rank in (options.rank, model.config.width))
+        turned, whole = (Interchange(model, das.layer, r, POSITION[variable]) for r in (options.rank, model.config.width))
         among = values(tokenizer)
-        row = {"layer": das.layer, "validation by layer": by_layer, "found": das.accuracy(test, among), "random model": at_random.accuracy(test, among),
-               "random R": turned.accuracy(test, among), "whole state": whole.accuracy(test, among), "nothing swapped": das.accuracy(alone, among),
-               "chance": 1 / len(among), "chance, knowing the attribute": sum(1 / len(ATTRIBUTES[name].values) for name in KNOWN) / len(KNOWN)}
-        results["variables"][variable] = row = {key: round(x, 4) if isinstance(x, float) else x for key, x in row.items()}
-        print(f"\n{variable}: rank {options.rank} of {model.config.width}, on {len(test)} pairs of people not trained on, standard error at most 0.02")
-        print("  validation by layer: " + "  ".join(f"{layer}: {x:.2f}" for layer, x in by_layer.items()))
-        for name in ("found", "random model", "random R", "whole state", "nothing swapped", "chance", "chance, knowing the attribute"):
-            print(f"  {name:29} {row[name]:.3f}" + f" (layer {das.layer})" * (name == "found"), flush=True)
-    results["seconds"] = round(time.perf_counter() - started)
-    if options.write:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "das.json").write_text(json.dumps(results, indent=1) + "\n")
+        accuracies = {"found": das.accuracy(test, among), "random model": at_random.accuracy(test, among),
+                      "random R": turned.accuracy(test, among), "whole state": whole.accuracy(test, among),
+                      "nothing swapped": das.accuracy(unchanged, among), "chance": 1 / len(among),
+                      "chance, knowing the attribute": sum(1 / len(ATTRIBUTES[name].values) for name in KNOWN) / len(KNOWN)}
+        results[variable] = row = {
+            "base": str(options.base), "date": datetime.date.today().isoformat(), "torch": torch.__version__, "rank": options.rank,
+            "width": model.config.width, "steps": options.steps, "pairs": len(test), "layer": das.layer,
+            "validation by layer": by_layer, "whole state by layer": whole_by_layer, **{name: round(x, 4) for name, x in accuracies.items()}}
+        print(f"\n{variable}: rank {options.rank} of {model.config.width}, {len(test)} pairs of people not trained on, "
+              f"standard error at most {0.5 / len(test)**0.5:.3f}")
+        for name, accuracy in (("validation by layer", by_layer), ("the whole state", whole_by_layer)):
+            print(f"  {name:20} " + "  ".join(f"{layer}: {x:.2f}" for layer, x in accuracy.items()))
+        for name, x in accuracies.items():
+            print(f"  {name:29} {x:.3f}" + f" (layer {das.layer})" * (name == "found"), flush=True)
+        if options.write:
+            RESULTS.mkdir(exist_ok=True)
+            path = RESULTS / "das.json"
+            path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), variable: row}, indent=1) + "\n")
     return results
 
 

@@ -96,9 +96,9 @@ def step_providers(model: Model, B: int, T: int, positions: str, names) -> dict:
     def reference():
         with ops.use("reference"):
             return plain()
-    providers = {"floor": learn([], bare, tokens, answer), "LoReFT": adapted(LoReFT), "LoReFT, plain PyTorch": reference,
-                 "DiReFT": adapted(DiReFT), "LoReFT, Householder": adapted(Householder)}
-    providers = {name: step for name, step in providers.items() if name in ("floor", *names)}
+    made = {"LoReFT": lambda: adapted(LoReFT), "LoReFT, plain PyTorch": lambda: reference, "DiReFT": lambda: adapted(DiReFT),
+            "LoReFT, Householder": lambda: adapted(Householder)}
+    providers = {"floor": learn([], bare, tokens, answer), **{name: make() for name, make in made.items() if name in names}}
     if "pyreft" in names:
         providers.update(peers(c, tokens, answer, positions))
     return providers
@@ -111,20 +111,23 @@ def peers(c: ModelConfig, tokens, answer, positions) -> dict:
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError:
         return {}
-    config = LlamaConfig(vocab_size=V, hidden_size=c.width, intermediate_size=c.hidden, num_hidden_layers=c.layers, num_attention_heads=c.heads,
-                         max_position_embeddings=c.context, use_cache=False)
+    config = LlamaConfig(vocab_size=V, hidden_size=c.width, intermediate_size=c.hidden, num_hidden_layers=c.layers,
+                         num_attention_heads=c.heads, max_position_embeddings=c.context, use_cache=False)
     torch.manual_seed(0)
     bare, edited = (LlamaForCausalLM(config).requires_grad_(False) for _ in range(2))
     bare.model.layers[0].register_forward_hook(lambda module, inputs, out: (out[0].requires_grad_(), *out[1:]))
     reft = pyreft.get_reft_model(edited, pyreft.ReftConfig(representations=[
         {"layer": layer, "component": "block_output", "low_rank_dimension": RANK,
-         "intervention": pyreft.LoreftIntervention(embed_dim=c.width, low_rank_dimension=RANK, dtype=torch.float32)} for layer in range(c.layers)]))
+         "intervention": pyreft.LoreftIntervention(embed_dim=c.width, low_rank_dimension=RANK, dtype=torch.float32)}
+        for layer in range(c.layers)]))
     B, T = tokens.shape
     at = pyreft.get_intervention_locations(last_position=T, positions=positions, num_interventions=c.layers, share_weights=True)
     locations = {"sources->base": (None, [[row] * B for row in at])}
+
+    def with_edits(tokens):
+        return reft({"input_ids": tokens}, unit_locations=locations)[1].logits
     return {"pyreft's floor": learn([], lambda tokens: bare(input_ids=tokens).logits, tokens, answer),
-            "pyreft": learn(list(reft.get_trainable_parameters()), lambda tokens: reft({"input_ids": tokens}, unit_locations=locations)[1].logits,
-                            tokens, answer)}
+            "pyreft": learn(list(reft.get_trainable_parameters()), with_edits, tokens, answer)}
 
 
 def generation_providers(model: Model, B: int, T: int, positions: str) -> dict:
@@ -177,7 +180,8 @@ def machine() -> dict:
     names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")] \
         if platform.system() == "Linux" else [platform.processor()]
     return {"device": f"{names[0]}, 1 thread", "torch": torch.__version__, "date": datetime.date.today().isoformat(),
-            "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(), "backend": "cpu" if ops.backends()["cpu"] else "reference"}
+            "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+            "backend": "cpu" if ops.backends()["cpu"] else "reference"}
 
 
 def main(argv=None) -> list[dict]:
@@ -193,7 +197,8 @@ def main(argv=None) -> list[dict]:
         names = ALL if C == 256 else ("LoReFT", "DiReFT")                 # a C × C buffer a layer is no fun at 1024
         tables.append(("step", C, L, B, T, step_providers(base(C, L), B, T, options.positions, names)))
     for C, L, B, T in [STEPS[1]] if options.quick else STEPS[:2]:
-        tables += [(part, C, L, B, T, providers) for part, providers in generation_providers(base(C, L).eval(), B, T, options.positions).items()]
+        for part, providers in generation_providers(base(C, L).eval(), B, T, options.positions).items():
+            tables.append((part, C, L, B, T, providers))
     rows = []
     for part, C, L, B, T, providers in tables:
         rows.append({**machine(), "part": part, "C": C, "layers": L, "batch": [B, T], "r": RANK, "positions": options.positions,

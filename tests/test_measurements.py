@@ -58,6 +58,6 @@ def test_ratios_are_of_the_same_round():
 @pytest.mark.slow
 def test_das_on_the_shipped_base(shipped_base):
     options = argparse.Namespace(rank=16, steps=40, lr=2e-2)
-    by_layer, found = das.search(*shipped_base, "attribute", [4], options)
+    by_layer, whole, found = das.search(*shipped_base, "attribute", [4], options)
     test = das.pairs(shipped_base[1], "attribute", das.people()["test"], 200, seed=3)
     assert found.accuracy(test, das.values(shipped_base[1])) > 0.9

@@ -27,7 +27,8 @@ class Subspace(ReFT):
         rank = parent.options["rank"]
         picked = list(directions) if hasattr(directions, "__iter__") else [directions]
         if not picked or len(set(picked)) < len(picked) or not all(type(d) is int and 0 <= d < rank for d in picked):
-            raise ValueError(f"directions are {directions!r}: expected distinct numbers from 0 to {rank - 1}, the parent's rank being {rank}")
+            raise ValueError(f"directions are {directions!r}: expected distinct numbers from 0 to {rank - 1}, "
+                             f"the parent's rank being {rank}")
         super().__init__(parent.model, **{**parent.options, "rank": len(picked)})
         self.slice, self.of = picked, (parent,)                     # a tuple hides the parent from our own parameters
         with torch.no_grad():
@@ -68,8 +69,9 @@ def weighted_sum(adapters: list[ReFT], weights: list[float]) -> DiReFT:
             mine, theirs = getattr(adapter, name), getattr(first, name)
             if mine is not theirs and mine != theirs:
                 raise ValueError(f"the adapters differ in their {name.replace('where', 'positions')}: edits of different places do not add up")
-    together = DiReFT(first.model, rank=sum(a.parts()[0].shape[2] for a in adapters), layers=first.layers if first.site != "embed" else "all",
-                      positions=str(first.where), tied=first.tied, site=first.site, strict=first.where.strict)
+    together = DiReFT(first.model, rank=sum(a.parts()[0].shape[2] for a in adapters), positions=str(first.where),
+                      layers=first.layers if first.site != "embed" else "all", tied=first.tied, site=first.site,
+                      strict=first.where.strict)
     with torch.no_grad():
         each = [a.parts() for a in adapters]                              # W, V, U (S, K, r_i, C), b (S, K, r_i)
         together.w1.copy_(torch.cat([w * (W - V) for w, (W, V, _, _) in zip(weights, each)], 2))
