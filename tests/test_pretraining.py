@@ -48,22 +48,24 @@ def test_the_same_seed_gives_the_same_bits_and_another_gives_others(tmp_path, qu
 
 
 def test_two_processes_end_with_one_model(tmp_path):
-    """In a subprocess, since `spawn` needs a main module. After every step the processes compare all their matrices."""
+    """In a subprocess, since `spawn` needs a main module. Before every step the processes compare all their weights."""
     program = f"""
 import sys, torch
 from minireft import pretraining
 from minireft.tasks import gates
 def work(rank, *rest):
     gates.score = lambda model, tokenizer: dict.fromkeys(gates.CHANCE, 0.5)
-    original = pretraining.share_matrices
-    def share(matrices, processes):
-        original(matrices, processes)
-        total = torch.stack([m.double().sum() for m in matrices])
+    average, seen = pretraining.average_gradients, []
+    def compare(model, processes):
+        total = torch.stack([p.detach().double().sum() for p in model.parameters()])
         everyone = [torch.empty_like(total) for _ in range(processes)]
         pretraining.dist.all_gather(everyone, total)
         assert torch.equal(everyone[0], everyone[1])
-    pretraining.share_matrices = share
+        seen.append(total)
+        average(model, processes)
+    pretraining.average_gradients = compare
     ORIGINAL(rank, *rest)
+    assert len(seen) == 3 and not torch.equal(seen[0], seen[2])
 ORIGINAL = pretraining._work
 if __name__ == "__main__":
     pretraining._work = work
