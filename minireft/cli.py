@@ -1,7 +1,7 @@
 """The command line: `minireft COMMAND`, or `python -m minireft COMMAND`.
 
-Use:  minireft --help; minireft tune --task facts --out runs/facts; minireft generate --adapter runs/facts/adapter.safetensors "..."
-See:  what was done and what to do next. A mistake is one line on stderr; a traceback is for bugs (MINIREFT_DEBUG=1 shows it).
+Use:  minireft --help; minireft tune --task facts --out runs/facts; minireft generate --adapter FILE "a prompt"
+See:  what was done and what to do next. A mistake is one line on stderr; a traceback is for bugs (MINIREFT_DEBUG=1).
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ import torch
 import minireft
 from minireft import adapters, tasks
 
-METHODS = {                             # what suits the shipped base: learning rate and steps, chosen on validation items
-    "loreft": ("LoReFT", 1.5e-2), "direft": ("DiReFT", 1.5e-2), "ia3": ("IA3", 5e-2), "lora": ("LoRA", 6e-3), "full": (None, 5e-4)}
+METHODS = {                             # and the learning rate that suits the shipped base, chosen on validation items
+    "loreft": ("LoReFT", 1.5e-2), "direft": ("DiReFT", 1.5e-2), "ia3": ("IA3", 5e-2), "lora": ("LoRA", 6e-3),
+    "full": (None, 5e-4)}
 PROGRAMS = {"bench": "kernels.py", "profile": "profile_kernel.py"}
 OPTIONS = {                             # which option of `tune` belongs to which methods
     "rank": ("loreft", "direft", "lora"), "layers": ("loreft", "direft"), "positions": ("loreft", "direft"),
     "untied": ("loreft", "direft"), "sites": ("ia3", "lora")}
 
 
-# ---------------------------------------------------------------------------------------------------- the everyday verbs
+# -------------------------------------------------------------------------------------------------- the everyday verbs
 
 def demo(args) -> None:
     """Tunes several ways and compares."""
@@ -46,23 +47,25 @@ def tune(args) -> None:
             raise ValueError(f"--{name} means nothing to {args.method}: it belongs to {', '.join(methods)}")
     model, tokenizer = open_base(args)
     examples = read(args, "train")
-    options = {name: getattr(args, name) for name in ("rank", "layers", "positions", "sites") if getattr(args, name) is not None}
-    if args.untied:
+    options = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
+    if options.pop("untied", False):
         options["tied"] = False
     torch.manual_seed(args.seed)
     adapter = adapters.KINDS[kind](model, **options) if kind else None
     noise = [minireft.NEFTune(model, alpha=args.neftune, seed=args.seed)] if args.neftune is not None else []
-    config = minireft.TrainConfig(steps=args.steps, lr=args.lr or lr, batch_size=args.batch_size, seed=args.seed, full=adapter is None)
+    config = minireft.TrainConfig(steps=args.steps, lr=args.lr or lr, batch_size=args.batch_size, seed=args.seed,
+                                  full=adapter is None)
     if adapter:
         adapter.print_trainable_parameters()
     else:
         print(f"trainable parameters: all {sum(p.numel() for p in model.parameters()):,} of the base")
     try:
-        run = minireft.train(model, [adapter, *noise] if adapter else noise, examples, config, tokenizer, out, args.resume, progress(args))
+        run = minireft.train(model, [adapter, *noise] if adapter else noise, examples, config, tokenizer,
+                             out, args.resume, progress(args))
     except KeyboardInterrupt:
         again = shlex.join(["minireft", *args.argv, *([] if args.resume else ["--resume"])])
-        kept = f"go on with\n  {again}" if (out / "checkpoint.pt").exists() else "nothing was kept: no checkpoint had been written yet"
-        raise KeyboardInterrupt(kept) from None
+        kept = (out / "checkpoint.pt").exists()
+        raise KeyboardInterrupt(f"go on with\n  {again}" if kept else "no checkpoint had been written yet") from None
     if adapter:
         adapter.save(done)
     else:
@@ -78,7 +81,8 @@ def generate(args) -> None:
     """Continues prompts, one answer a line."""
     model, tokenizer = open_base(args)
     with adapted(model, args.adapter, args.force):
-        for text in minireft.generate(model, tokenizer, args.prompt, args.max_new_tokens, args.temperature, args.top_p, args.seed):
+        for text in minireft.generate(model, tokenizer, args.prompt, args.max_new_tokens, args.temperature,
+                                      args.top_p, args.seed):
             print(text)
 
 
@@ -100,7 +104,7 @@ def doctor(args) -> None:
     doctor.run()
 
 
-# ------------------------------------------------------------------------------------------------------------------ tools
+# --------------------------------------------------------------------------------------------------------------- tools
 
 def pretrain(args) -> None:
     """Trains a base from nothing."""
@@ -123,7 +127,8 @@ def bench(args) -> None:
     """Runs the program in benchmarks/, outside the package, that belongs to this command, with its own options."""
     program = Path(minireft.__file__).parent.parent / "benchmarks" / PROGRAMS[args.command]
     if not program.is_file():
-        raise ValueError(f"`minireft {args.command}` needs benchmarks/{program.name}, which is not installed: run it in a clone of the source")
+        raise ValueError(f"`minireft {args.command}` needs benchmarks/{program.name}, which is not installed: "
+                         "run it in a clone of the source")
     sys.exit(subprocess.call([sys.executable, str(program), *args.options]))
 
 
@@ -132,7 +137,7 @@ def profile(args) -> None:
     bench(args)
 
 
-# ----------------------------------------------------------------------------------------------------------------- shared
+# -------------------------------------------------------------------------------------------------------------- shared
 
 def open_base(args):
     """The base and its tokenizer on the device asked for."""
@@ -141,7 +146,7 @@ def open_base(args):
         raise ValueError(f"--device {device}: this torch sees no GPU; `minireft doctor` says why, --device cpu works")
     model, tokenizer = minireft.load(args.base, device)
     if tokenizer is None:
-        raise ValueError(f"{args.base} has no tokenizer.json: put the base's own one there, the command line speaks in text")
+        raise ValueError(f"{args.base} has no tokenizer.json: put the base's own one there, commands speak in text")
     if "OMP_NUM_THREADS" not in os.environ and model.config.width <= 512:
         torch.set_num_threads(1)        # a small model's operations are too short to share
     return model, tokenizer
@@ -174,35 +179,44 @@ def number(kind, least, above=False):
     def parse(text: str):
         value = kind(text)
         if not (value > least if above else value >= least) or value == float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is out of range: expected {'more than' if above else 'at least'} {least}")
+            raise argparse.ArgumentTypeError(
+                f"{text} is out of range: expected {'more than' if above else 'at least'} {least}")
         return value
     parse.__name__ = "whole number" if kind is int else "number"
     return parse
 
 
 COMMANDS = {                            # in the order of --help
-    "everyday": {demo: "tune the shipped base in several ways and see what changed", tune: "train one method on a task or on your own file",
-                 generate: "continue a prompt", evaluate: "score a base or an adapter", doctor: "what is installed here, and what is missing"},
-    "tools": {pretrain: "train a base from nothing", convert: "write a base or an adapter in another program's form", bench: "time the CPU kernels beside plain PyTorch (in a clone)",
+    "everyday": {demo: "tune the shipped base in several ways and see what changed",
+                 tune: "train one method on a task or on your own file",
+                 generate: "continue a prompt",
+                 evaluate: "score a base or an adapter",
+                 doctor: "what is installed here, and what is missing"},
+    "tools": {pretrain: "train a base from nothing",
+              convert: "write a base or an adapter in another program's form",
+              bench: "time the CPU kernels beside plain PyTorch (in a clone)",
               profile: "count what a CUDA kernel does, without a GPU (in a clone)"},
 }
 
 
 def build_parser() -> argparse.ArgumentParser:
-    overview = "\n".join(f"{group}:\n" + "\n".join(f"  {command.__name__:10} {text}" for command, text in commands.items())
-                         for group, commands in COMMANDS.items())
+    lines = [[f"{group}:", *(f"  {command.__name__:10} {text}" for command, text in commands.items())]
+             for group, commands in COMMANDS.items()]
     parser = Parser(prog="minireft", usage="minireft COMMAND [options]     (minireft COMMAND --help explains one)",
-                    formatter_class=argparse.RawDescriptionHelpFormatter, epilog=overview,
+                    formatter_class=argparse.RawDescriptionHelpFormatter, epilog="\n".join(sum(lines, [])),
                     description="Tune language models by LoReFT, (IA)3 and NEFTune.")
-    commands = parser.add_subparsers(dest="command", required=True, prog="minireft", metavar="COMMAND", help=argparse.SUPPRESS)
+    commands = parser.add_subparsers(dest="command", required=True, prog="minireft", metavar="COMMAND",
+                                     help=argparse.SUPPRESS)
     p = {}
     for group in COMMANDS.values():
         for command, text in group.items():
-            p[command] = commands.add_parser(command.__name__, help=text, add_help=command not in (bench, profile), description=text[0].upper() + text[1:] + ".")
+            p[command] = commands.add_parser(command.__name__, add_help=command not in (bench, profile),
+                                             description=text[0].upper() + text[1:] + ".")
             p[command].set_defaults(run=command)
 
     for command in (tune, generate, evaluate, demo):
-        p[command].add_argument("--base", default="base", metavar="FOLDER", help="a base's folder (default: the one that is shipped)")
+        p[command].add_argument("--base", default="base", metavar="FOLDER",
+                                help="a base's folder (default: the one that is shipped)")
     for command in (tune, generate, evaluate):
         p[command].add_argument("--device", metavar="NAME", help="cpu or cuda (default: cuda where there is one)")
     for command in (generate, evaluate):
@@ -210,35 +224,39 @@ def build_parser() -> argparse.ArgumentParser:
         p[command].add_argument("--force", action="store_true", help="load an adapter that was made for another base")
     for command, what in ((tune, "train on"), (evaluate, "score")):
         source = p[command].add_mutually_exclusive_group(required=True)
-        source.add_argument("--task", metavar="NAME", help=f"{what} a task: facts, arithmetic, mood, entailment, instructions")
-        source.add_argument("--data", metavar="FILE", help=f'{what} a .jsonl file: a line is {{"prompt": "...", "completion": "..."}}')
+        source.add_argument("--task", metavar="NAME", help=f"{what} a task: {', '.join(tasks.names())}")
+        source.add_argument("--data", metavar="FILE",
+                            help=f'{what} a .jsonl file: a line is {{"prompt": "...", "completion": "..."}}')
         p[command].add_argument("--limit", type=number(int, 1), metavar="N", help="only the first N examples")
     for command in (tune, pretrain):
         p[command].add_argument("--quiet", action="store_true", help="no progress bar")
 
-    p[demo].add_argument("--out", default="runs/demo", metavar="FOLDER", help="where adapters and the picture go (default: runs/demo)")
-    p[demo].add_argument("--quick", action="store_true", help="few steps and few items: whether it runs, not what it shows")
+    add = p[demo].add_argument
+    add("--out", default="runs/demo", metavar="FOLDER", help="for the adapters and the picture (default: runs/demo)")
+    add("--quick", action="store_true", help="few steps and few items: whether it runs, not what it shows")
 
     add = p[tune].add_argument
     add("--method", choices=METHODS, default="loreft", help="default: loreft; full trains the base itself")
-    add("--out", required=True, metavar="FOLDER", help="for adapter.safetensors (or base/), log.jsonl and checkpoint.pt")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out, to the same bits as an uninterrupted run")
+    add("--out", required=True, metavar="FOLDER", help="for adapter.safetensors (or base), log.jsonl, checkpoint.pt")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out, to the same bits as without a stop")
     add("--rank", type=int, metavar="N", help="loreft, direft (default 4), lora (default 8)")
     add("--layers", metavar="LIST", help="loreft, direft: all, or numbers from 0 such as 3,5 (default: all)")
     add("--positions", metavar="WHERE", help="loreft, direft: which prompt tokens are edited, fN+lM (default: f7+l7)")
-    add("--untied", action="store_true", default=None, help="loreft, direft: separate weights for the first and the last tokens")
+    add("--untied", action="store_true", default=None, help="loreft, direft: own weights for first and last tokens")
     add("--sites", metavar="LIST", help="ia3 (default key,value,ffn), lora (default query,value; or all)")
     add("--neftune", type=number(float, 0), metavar="ALPHA", help="noise on the embeddings while training; 5 is usual")
     add("--steps", type=number(int, 1), default=200, metavar="N", help="default: 200")
     add("--batch-size", type=number(int, 1), default=16, metavar="N", help="examples in a step (default: 16)")
-    add("--lr", type=number(float, 0, above=True), metavar="X", help="learning rate (default: what suits the shipped base)")
+    add("--lr", type=number(float, 0, above=True), metavar="X",
+        help="learning rate (default: what suits the shipped base)")
     add("--seed", type=int, default=0, metavar="N", help="of the start, the order and the noise (default: 0)")
 
     add = p[generate].add_argument
     add("prompt", nargs="+", metavar="PROMPT", help="each in quotes")
     add("--max-new-tokens", type=number(int, 1), default=64, metavar="N", help="default: 64")
     add("--temperature", type=number(float, 0), default=0.0, metavar="X", help="0 takes the likeliest token (default)")
-    add("--top-p", type=number(float, 0, above=True), default=1.0, metavar="X", help="draw among the likeliest tokens that hold this share")
+    add("--top-p", type=number(float, 0, above=True), default=1.0, metavar="X",
+        help="draw among the likeliest tokens that hold this share")
     add("--seed", type=int, default=0, metavar="N", help="of the draw (default: 0)")
 
     p[evaluate].add_argument("--split", default="test", metavar="NAME", help="train, validation or test (default)")
@@ -250,13 +268,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--processes", type=number(int, 1), default=2, metavar="N", help="of one thread each (default: 2)")
 
     add = p[convert].add_argument
-    add("src", metavar="FROM", help="a base (ours, Hugging Face's folder, llama2.c's .bin) or, with --base, an adapter (ours, pyreft's, PEFT's)")
+    add("src", metavar="FROM", help="a base (ours, Hugging Face's folder, llama2.c's .bin) or, with --base, an adapter "
+        "(ours, pyreft's, PEFT's)")
     add("dst", metavar="TO", help="a new file or folder")
     add("--to", choices=("minireft", "huggingface", "pyreft", "peft"), default="minireft", metavar="FORM",
         help="minireft (default) or huggingface for a base; minireft, pyreft or peft for an adapter")
     add("--base", metavar="FOLDER", help="the base that the adapter is for")
     add("--positions", metavar="WHERE", help="of a pyreft folder, which does not say: fN+lM (default: f7+l7)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), metavar="NAME", help="of a base's stored weights: float32 (default), bfloat16, float16")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), metavar="NAME",
+        help="of a base's stored weights: float32 (default), bfloat16, float16")
     return parser
 
 

@@ -22,7 +22,7 @@ from .evaluation import mean_log_likelihoods
 
 @dataclass(frozen=True)
 class Entry:
-    """One row of the table. `make` gives the adapters; settings were chosen on validation items, never on test items."""
+    """One row of the table. `make` gives the adapters; settings were chosen on validation items, never on test ones."""
 
     name: str
     task: str
@@ -31,12 +31,13 @@ class Entry:
     examples: int                       # how many to train on
 
 
+SHORT, FULL = dict(steps=200), dict(steps=150, lr=5e-4, full=True)
 ENTRIES = [
-    Entry("LoReFT", "facts", lambda m: [LoReFT(m, rank=4, positions="f3+l3")], TrainConfig(steps=150, lr=1.5e-2), 600),
-    Entry("(IA)³", "facts", lambda m: [IA3(m)], TrainConfig(steps=150, lr=5e-2), 600),
-    Entry("LoRA", "facts", lambda m: [LoRA(m, rank=2, alpha=4)], TrainConfig(steps=150, lr=6e-3), 600),
-    Entry("full", "instructions", lambda m: [], TrainConfig(steps=150, lr=5e-4, full=True), 96),
-    Entry("full + NEFTune", "instructions", lambda m: [NEFTune(m, alpha=5.0)], TrainConfig(steps=150, lr=5e-4, full=True), 96),
+    Entry("LoReFT", "facts", lambda m: [LoReFT(m, rank=4, positions="f7+l7")], TrainConfig(lr=1.5e-2, **SHORT), 600),
+    Entry("(IA)³", "facts", lambda m: [IA3(m)], TrainConfig(lr=5e-2, **SHORT), 600),
+    Entry("LoRA", "facts", lambda m: [LoRA(m, rank=2, alpha=4)], TrainConfig(lr=1.2e-2, **SHORT), 600),
+    Entry("full", "instructions", lambda m: [], TrainConfig(**FULL), 256),
+    Entry("full + NEFTune", "instructions", lambda m: [NEFTune(m, alpha=5.0)], TrainConfig(**FULL), 256),
 ]
 ITEMS = 300                             # test items of each task
 
@@ -61,13 +62,14 @@ class Row:
         return (p * (1 - p) / self.items) ** 0.5
 
     def cells(self) -> list[str]:
-        return [self.name, f"{self.parameters:,}", f"{self.parameters / self.base_parameters:.2%}",
-                f"{self.before:.3f} ± {self.error(self.before):.3f}", f"{self.after:.3f} ± {self.error(self.after):.3f}", f"{self.seconds:.0f}"]
+        before, after = (f"{p:.3f} ± {self.error(p):.3f}" for p in (self.before, self.after))
+        share = f"{self.parameters / self.base_parameters:.2%}"
+        return [self.name, f"{self.parameters:,}", share, before, after, f"{self.seconds:.0f}"]
 
 
 HEADER = ["method", "trainable", "of base", "before", "after", "seconds"]
 WHAT = {"facts": "finish a line about what it has read, in a wording it has not; right = the choice it finds likeliest",
-        "instructions": "do what is asked, in words it has not been asked in; right = a program finds the request obeyed"}
+        "instructions": "do what is asked, in words new to it; right = a program finds the request obeyed"}
 
 
 def line(cells: list[str]) -> str:
@@ -91,13 +93,14 @@ def run(base="base", out="runs/demo", quick: bool = False) -> None:
             rows.append(row)
             print(line(row.cells()), flush=True)
         for i in range(2):
-            print(f"\n  {test[i].prompt}\n    {'one right answer' if not test[i].choices else 'right':16} {test[i].completion}")
+            print(f"\n  {test[i].prompt}\n    {'right, e.g.':16} {test[i].completion}")
             print("\n".join(f"    {name:16} {texts[i]}" for name, texts in answers.items()))
     files.write_text(out / "results.json", json.dumps({
         "date": time.strftime("%Y-%m-%d"), "machine": f"{processor()}, one thread", "torch": torch.__version__,
-        "backend": backend(), "quick": quick, "header": HEADER, "rows": [{**asdict(row), "cells": row.cells()} for row in rows]}) + "\n")
+        "backend": backend(), "quick": quick, "header": HEADER,
+        "rows": [{**asdict(row), "cells": row.cells()} for row in rows]}) + "\n")
     drawn = picture(rows, out / "demo.png")
-    print(f"\nin {out}: the adapters, results.json" + (" and demo.png" if drawn else "; no picture, for want of matplotlib"))
+    print(f"\nin {out}: the adapters, results.json", "and demo.png" if drawn else "(no picture: matplotlib is missing)")
 
 
 def compete(entry: Entry, base, test, before: float, out: Path, quick: bool) -> tuple[Row, tuple[str, ...]]:
@@ -135,7 +138,7 @@ def loss(model, tokenizer, examples) -> float:
 
 
 def backend() -> str:
-    return "CPU kernels" if ops.backends()["cpu"] else "plain PyTorch (no kernels were built: `minireft doctor` says why)"
+    return "CPU kernels" if ops.backends()["cpu"] else "plain PyTorch"
 
 
 def processor() -> str:
@@ -147,7 +150,7 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-# ---------------------------------------------------------------------------------------------------------------- picture
+# ------------------------------------------------------------------------------------------------------------- picture
 
 INK, FAINT = "#22303c", "#8a97a3"
 COLOURS = {"LoReFT": "#c8452f", "(IA)³": "#2f7f6f", "LoRA": "#4a67b0", "full": "#6d5296", "full + NEFTune": "#b8791b"}
@@ -162,9 +165,10 @@ def picture(rows: list[Row], path: Path) -> bool:
     import io
     matplotlib.use("agg")
     from matplotlib import pyplot
-    style = {"font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "axes.edgecolor": FAINT, "axes.labelcolor": INK,
-             "xtick.color": FAINT, "ytick.color": FAINT, "axes.spines.top": False, "axes.spines.right": False,
-             "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.titlesize": 11, "axes.titlepad": 14}
+    style = {"font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "axes.labelcolor": INK,
+             "axes.edgecolor": FAINT, "xtick.color": FAINT, "ytick.color": FAINT, "axes.spines.top": False,
+             "axes.spines.right": False, "axes.titlelocation": "left", "axes.titleweight": "bold",
+             "axes.titlesize": 11, "axes.titlepad": 14}
     with pyplot.rc_context(style):
         figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.6), width_ratios=(1, 1), layout="constrained")
         draw_accuracy(left, rows)
@@ -178,18 +182,22 @@ def picture(rows: list[Row], path: Path) -> bool:
 
 def draw_accuracy(axes, rows: list[Row]) -> None:
     """A line a method, from the frozen base's accuracy to its own."""
+    margin = dict(xycoords=("axes fraction", "data"), textcoords="offset points")
     for y, row in enumerate(rows):
-        colour, margin = COLOURS[row.name], dict(xycoords=("axes fraction", "data"), textcoords="offset points")
+        colour = COLOURS[row.name]
         axes.plot([row.before, row.after], [y, y], color=colour, lw=2, alpha=0.35, zorder=1)
         for x, paint in ((row.before, FAINT), (row.after, colour)):
             axes.errorbar(x, y, xerr=row.error(x), fmt="o", ms=8, lw=2, color=paint)
-        axes.annotate(f"{row.after:.2f}", (row.after, y), (0, 9), textcoords="offset points", ha="center", color=colour, fontsize=9)
+        axes.annotate(f"{row.after:.2f}", (row.after, y), (0, 9), textcoords="offset points", ha="center", color=colour,
+                      fontsize=9)
         axes.annotate(row.name, (0, y), (-8, 1), **margin, ha="right", va="bottom", color=colour, weight="bold")
-        axes.annotate(f"{row.parameters:,} trained", (0, y), (-8, -2), **margin, ha="right", va="top", color=FAINT, fontsize=8.5)
+        axes.annotate(f"{row.parameters:,} trained", (0, y), (-8, -2), **margin, ha="right", va="top", color=FAINT,
+                      fontsize=8.5)
         if y == 0 or row.task != rows[y - 1].task:
-            axes.annotate(f"{row.task}, {row.items} test items; grey: the frozen base, {row.before:.2f}", (0, y), (6, 24), **margin,
-                          color=INK, fontsize=9)
-    axes.set(xlim=(-0.03, 1.03), ylim=(len(rows) - 0.5, -0.75), yticks=[], xlabel="share right", title="Before and after tuning")
+            title = f"{row.task}, {row.items} test items; grey: the frozen base, {row.before:.2f}"
+            axes.annotate(title, (0, y), (6, 24), **margin, color=INK, fontsize=9)
+    axes.set(xlim=(-0.03, 1.03), ylim=(len(rows) - 0.5, -0.75), yticks=[], xlabel="share right",
+             title="Before and after tuning")
     axes.grid(axis="x", color=FAINT, alpha=0.2)
 
 
@@ -200,7 +208,8 @@ def draw_losses(axes, rows: list[Row]) -> None:
         smooth = [sum(row.losses[i - window + 1 : i + 1]) / window for i in range(window - 1, steps)]
         axes.plot(range(window, steps + 1), smooth, color=COLOURS[row.name], lw=2)
         axes.axhline(row.test_loss, color=COLOURS[row.name], lw=1.5, ls=(0, (4, 3)))
-        axes.annotate(f"{row.name}\n{row.test_loss:.2f} on test items", (steps, row.test_loss), (5, 0), textcoords="offset points",
-                      va=side, color=COLOURS[row.name], fontsize=9, linespacing=1.3, annotation_clip=False)
+        axes.annotate(f"{row.name}\n{row.test_loss:.2f} on test items", (steps, row.test_loss), (5, 0), va=side,
+                      textcoords="offset points", color=COLOURS[row.name], fontsize=9, linespacing=1.3,
+                      annotation_clip=False)
     axes.set(xlim=(0, steps), ylim=(0, None), xlabel="step", ylabel="loss, nats a token",
              title=f"{rows[0].task.capitalize()}: loss in training, and on test items (dashes)")

@@ -37,8 +37,10 @@ def findings() -> list[tuple[str, str, str]]:
             ("device", *device()),
             ("compiler", cxx or "none", ""),
             ("nvcc", nvcc or "none", ""), *kernels(cxx, nvcc)]
-    base = (ASSETS / "config.json").is_file()
-    rows.append(("base", str(ASSETS) if base else "none is shipped here", "" if base else "minireft pretrain --quick my-base, then --base my-base"))
+    if (ASSETS / "config.json").is_file():
+        rows.append(("base", str(ASSETS), ""))
+    else:
+        rows.append(("base", "none is shipped here", "minireft pretrain --quick my-base, then --base my-base"))
     missing = [name for name in OPTIONAL if not importlib.util.find_spec(name)]
     rows += [(name, f"not installed: no {OPTIONAL[name]}", f"pip install {name}") for name in missing]
     return rows
@@ -48,9 +50,10 @@ def device() -> tuple[str, str]:
     if torch.cuda.is_available():
         p = torch.cuda.get_device_properties(0)
         return f"{p.name}, compute capability {p.major}.{p.minor}, {p.total_memory / 2**30:.0f} GiB", ""
+    driver = bool(shutil.which("nvidia-smi"))
     if torch.version.cuda is None:
-        return "CPU; this torch was built without CUDA", "pip install a torch with CUDA, if this machine has a GPU" * bool(shutil.which("nvidia-smi"))
-    return "CPU; this torch knows CUDA and sees no GPU", "check nvidia-smi and CUDA_VISIBLE_DEVICES" * bool(shutil.which("nvidia-smi"))
+        return "CPU; this torch was built without CUDA", "pip install a torch with CUDA" * driver
+    return "CPU; this torch knows CUDA and sees no GPU", "check nvidia-smi and CUDA_VISIBLE_DEVICES" * driver
 
 
 def compiler() -> str | None:
@@ -59,7 +62,8 @@ def compiler() -> str | None:
 
 
 def nvcc_path() -> str | None:
-    return shutil.which("nvcc") or shutil.which(os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc"))
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("nvcc") or shutil.which(os.path.join(home, "bin", "nvcc"))
 
 
 def kernels(cxx: str | None, nvcc: str | None) -> list[tuple[str, str, str]]:
@@ -69,18 +73,19 @@ def kernels(cxx: str | None, nvcc: str | None) -> list[tuple[str, str, str]]:
     else:
         build = "python setup.py build_ext --inplace" + ("" if Path.cwd() == SOURCE else f"   in {SOURCE}")
     broken, there = load_error(), ops.backends()
-    rows = []
-    for name, what, lacking in (("cpu", "CPU kernels", "" if cxx else "C++ compiler"), ("cuda", "CUDA kernels", "" if nvcc else "nvcc"),
-                                ("emulator", "CUDA kernels on the CPU", "" if cxx else "C++ compiler")):
+    rows, without_cxx = [], "" if cxx else "C++ compiler"
+    for name, what, lacking in (("cpu", "CPU kernels", without_cxx), ("cuda", "CUDA kernels", "" if nvcc else "nvcc"),
+                                ("emulator", "CUDA kernels on the CPU", without_cxx)):
         if there[name]:
             rows.append((name, f"{what}: ready", ""))
         elif broken:
             rows.append((name, f"{what}: built, but not for this torch ({broken})", build))
         elif name == "cuda" and not torch.cuda.is_available():
-            rows.append((name, f"{what}: {'built' if ops._cuda_built else 'not built'}; there is no GPU to run them on", ""))
+            rows.append((name, f"{what}: {'' if ops._cuda_built else 'not '}built; there is no GPU to run them on", ""))
         else:
+            first = f"install {'the CUDA toolkit' if lacking == 'nvcc' else 'g++'}, then " * bool(lacking)
             rows.append((name, f"{what}: not built" + f", no {lacking}" * bool(lacking) + "; plain PyTorch is used",
-                         f"install {'g++' if lacking != 'nvcc' else 'the CUDA toolkit'}, then " * bool(lacking) + build))
+                         first + build))
     return rows
 
 

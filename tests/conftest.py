@@ -35,7 +35,8 @@ def tiny_base(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("bases") / "tiny"
     tokenizer = minireft.Tokenizer.from_words(VOCABULARY)
     torch.manual_seed(0)
-    model = minireft.Model(minireft.ModelConfig(tokenizer.vocab_size, width=32, layers=2, heads=2, hidden=48, context=96))
+    config = minireft.ModelConfig(tokenizer.vocab_size, width=32, layers=2, heads=2, hidden=48, context=96)
+    model = minireft.Model(config)
     minireft.save(model, tokenizer, folder)
     return folder
 
