@@ -64,10 +64,11 @@ assert torch.equal(h[0, first], h[0, last]) and apart > 0.3
 # Equal at the start: the row depends on the word alone. On its way each vector collects what its place and its
 # neighbours have to say.
 #
-# It collects by addition, and by nothing else. A *block* (`minireft.model.Block`) does two things: **attention** looks
-# at the tokens so far and brings something from them; the **feed-forward** works on each token by itself. Each reads a
-# copy of `h` brought to a standard size (the *norm*) and **adds** its result to `h`. Think of a bus with named stops:
-# passengers board, nobody is asked to leave.
+# It collects by addition, and by nothing else. A *block* (`minireft.model.Block`) does two things. **Attention** looks
+# at the tokens so far and brings something from them: each token asks with a *query*, is found by its *key*, and hands
+# over its *value*. The **feed-forward** works on each token by itself: it widens the vector, bends it by a non-linear
+# function, and narrows it again. Each reads a copy of `h` brought to a standard size (the *norm*) and **adds** its
+# result to `h`. Think of a bus with named stops: passengers board, nobody is asked to leave.
 #
 # Here is block 0 by hand. `step` is what all blocks of one pass share: how far to turn queries and keys for each place
 # in the sentence, and that no token may look ahead.
@@ -130,6 +131,7 @@ right = logits[:, -1].gather(1, home[:, None])[:, 0]                      # (B,)
 margin = (right - (logits[:, -1, towns].sum(1) - right) / (len(towns) - 1)).mean()
 print(f"margin {margin:.2f}, sum of all shares {shares.sum():.2f}, of the later half {shares[1 + L:].sum():.2f}")
 assert abs(margin - shares.sum()) < 0.01 and shares[1 + L:].sum() > 0.8 * margin > 1
+assert abs(shares[0]) < 0.1 * margin
 
 # %% [markdown]
 # You should see two equal numbers, and nearly all of them in the later half. It would be surprising if the embedding
@@ -185,7 +187,7 @@ for site in stops:
     site.edits.clear()
 print("share of answers that move, embed to the last block:", [round(share, 2) for share in moved])
 assert torch.equal(model(tokens), before)                                 # every edit is off again: the same bits
-assert moved[0] == 0 and moved[1] < 0.3 and moved[-1] == 1
+assert moved[0] == 0 and max(moved[: L // 2]) < 0.2 and moved[-1] == 1
 
 # %%
 # Picture: above, the answers that move with the last token's vector, by stop; below, what each stop adds to the margin

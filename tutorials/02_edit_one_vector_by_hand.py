@@ -121,9 +121,12 @@ for s in (0, 0.25, 0.5, 0.75, 1, 1.5):
     chances.append(model(new_good)[:, -1].softmax(-1)[:, HAPPY].mean().item())
     model.blocks[LAYER].output.edits.clear()
     print(f"s = {s:<4}   probability of happy {chances[-1]:.2f}")
-assert chances[0] > 0.9 and chances[4] < 0.1 and chances[5] < 0.1
+assert chances[1] > 0.9 and chances[3] < 0.1 and chances[5] < 0.1
 
 # %% [markdown]
+# It tips over: nothing at a quarter, everything at three quarters. The model decides between two words, and v crosses
+# the line between them.
+#
 # ## Where does it work?
 #
 # We chose block 1 and the word. Try every block, at the word and at the last token, each with the difference of means

@@ -141,9 +141,10 @@ assert all(same) and torch.allclose(reft.rotations()[L - 1], R, atol=1e-5)
 # %% [markdown]
 # ## Train it
 #
-# So far R, W and b came from us. Now forget them: start from a random R and let gradient descent find all three, from
-# reviews with the answer exchanged. The model's weights stay as they are. We look at the hidden words before and
-# after.
+# So far R, W and b came from us. Now forget them: start from a random R and let gradient descent (`minireft.train`)
+# find all three, from reviews with the answer exchanged. The model's weights stay as they are. Before and after, we
+# count over the hidden words how often the model finds the exchanged answer the likelier of the two
+# (`minireft.evaluate` calls it `rank`).
 #
 # **Predict:** how many of the hidden reviews does it exchange after 100 steps? Will its R have anything to do with
 # ours?
@@ -254,8 +255,7 @@ print(f"test, before: {before}")
 assert before.rank < 0.6
 
 # %% [markdown]
-# The splits share no review. `rank` is the share of reviews where the likeliest of the three verdicts is the right
-# one.
+# The three parts share no review. A model that guesses would be right in one of three.
 #
 # **Predict:** and after 200 steps of training?
 
@@ -271,9 +271,10 @@ assert after[0].rank > before.rank + 0.2 and after[1].rank > before.rank + 0.2
 
 # %%
 far = max((R @ R.T - torch.eye(4)).abs().max().item() for R in verdicts.rotations().values())          # R (r, C)
-print("R Rᵀ = I after 200 steps of AdamW:", far < 1e-4)
+print("R Rᵀ = I after 200 steps of training:", far < 1e-4)
 print("shapes: m and w", tuple(verdicts.w.shape), " b", tuple(verdicts.b.shape))
 assert far < 1e-4 and verdicts.num_parameters() == L * (2 * 4 * C + 4)
+assert 0.004 < verdicts.num_parameters() / sum(parameter.numel() for parameter in model.parameters()) < 0.006
 
 # %% [markdown]
 # About half a percent of the model's weights, all of them in `verdicts`; the model itself is what it was. It would be
