@@ -3,7 +3,7 @@ Run: python benchmarks/kernels.py [--op low_rank_edit] [--dtype float32] [--writ
 You should see one line a shape: milliseconds of each provider and how many times faster ours is than well-written eager.
 
 Every result is compared with the eager one before it is timed, and must be finite. Inputs are never zeros. Times are medians
-over rounds in which each provider runs once, in turn, so that a busy machine slows them alike; 20th and 80th percentiles too.
+of processor time over rounds in which the providers take turns, so that a busy machine slows them alike; and percentiles.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def measure(op: str, N: int, C: int, r: int, dtype: torch.dtype, backward: bool,
         check(op, providers, inputs, backward, g)
         times = {name: [] for name in providers}
         start = time.perf_counter()
-        repeats = max(1, int(1e-3 / once(providers["ours"], inputs, backward, g, 1)))
+        repeats = max(1, int(1e-3 / max(once(providers["ours"], inputs, backward, g, 1), 1e-6)))
         while time.perf_counter() - start < seconds or len(times["ours"]) < 7:
             for name, function in providers.items():
                 times[name].append(once(function, inputs, backward, g, repeats))
@@ -92,10 +92,11 @@ def measure(op: str, N: int, C: int, r: int, dtype: torch.dtype, backward: bool,
 
 
 def once(function, inputs, backward, g, repeats) -> float:
-    start = time.perf_counter()
+    """Seconds of processor time a call: what others do on the machine meanwhile does not count."""
+    start = time.process_time()
     for _ in range(repeats):
         run(function, inputs, backward, g)
-    return (time.perf_counter() - start) / repeats
+    return (time.process_time() - start) / repeats
 
 
 def check(op, providers, inputs, backward, g) -> None:

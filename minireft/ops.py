@@ -138,9 +138,21 @@ def low_rank_edit(h: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> Tensor:
         _check_edit(h, down, up, bias)
         return _plainly(reference.low_rank_edit, h, down, up, bias)
     down, up, bias = _weights(h, down, up, bias)
-    if _tracked(h, down, up, bias):
+    tracked = _tracked(h, down, up, bias)
+    if _blas_is_faster(h, down.shape[-2], tracked):
+        _check_edit(h, down, up, bias)
+        rows = h.reshape(-1, h.shape[-1])                                                      # (N, C)
+        return torch.addmm(rows, torch.addmm(bias, rows, down.T), up).view(h.shape)
+    if tracked:
         return _LowRankEdit.apply(library, h, down, _apart(down, up), bias)
     return _libraries[library]["low_rank_edit"](h, down, up, bias)[0]
+
+
+def _blas_is_faster(h: Tensor, r: int, tracked: bool) -> bool:
+    """On the CPU, measured: fewer rows than ranks, where weights outweigh rows; or a short row at r ≥ 16, forward alone."""
+    if h.device.type != "cpu" or h.dtype is not torch.float32 or r < 16 or _forced is not None or torch.is_autocast_enabled("cpu"):
+        return False
+    return h.numel() < r * h.shape[-1] or h.shape[-1] < 512 and not tracked
 
 
 class _LowRankEdit(torch.autograd.Function):

@@ -167,6 +167,20 @@ def test_many_rows_same_bits_on_any_number_of_threads(backend):
             assert_close(runs[0][n], plain[n], truth[n], magnitude[n])
 
 
+@pytest.mark.parametrize("N, C, r", [(4, 40, 16), (30, 40, 16)])
+def test_where_blas_is_faster_the_values_stay(N, C, r):
+    """Without a forced backend: fewer rows than ranks, and short rows."""
+    torch.manual_seed(0)
+    case = Case(OPERATIONS["low_rank_edit"], {"h": torch.randn(2, N // 2, C), "down": torch.randn(r, C) / 6,
+                                              "up": torch.randn(r, C), "bias": torch.randn(r)})
+    got, plain, truth, magnitude = (dict(zip(["out"], c.run(m)[0])) | c.gradients(m) for c, m in (
+        (case, ops), (case, "plain"), (case.to(dtype=torch.float64), reference), (case.absolute(), reference)))
+    for n in got:
+        assert_close(got[n], plain[n], truth[n], magnitude[n])
+    with pytest.raises(ValueError, match="bias must have shape"):
+        ops.low_rank_edit(*(case.arguments[n] for n in ("h", "down", "up")), torch.randn(r + 1))
+
+
 @backends
 @few
 @given(data=st.data())
