@@ -1,7 +1,7 @@
 #!/bin/sh
-# Everything that only a GPU can say, in one command, offline, in at most 8 minutes: build, property tests, sanitizers, times.
+# What only a GPU can say, in one command, offline, in at most 8 minutes: build, property tests, sanitizers, times.
 # Run: make gpu   or   PYTHON=python3 sh benchmarks/gpu.sh      (never run on a GPU yet)
-# You should see the tests pass, three sanitizers report 0 errors, and a line for each shape timed; results/gpu.jsonl grows.
+# You should see the tests pass, three sanitizers report 0 errors, a line for each shape; results/gpu.jsonl grows.
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}

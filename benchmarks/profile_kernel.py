@@ -1,12 +1,12 @@
-"""Counts what a CUDA kernel does, in the emulator, and predicts its time on three GPUs: a profiler for machines without one.
-Run: python benchmarks/profile_kernel.py low_rank_edit --N 448 --C 4096 --r 8 --dtype bf16 [--backward] [--json] [--source]
-You should see bytes moved beside the least possible, the same on every run; the times are predictions, not measurements.
+"""Counts what a CUDA kernel does, in the emulator, and predicts its time on three GPUs: a profiler without a GPU.
+Run: python benchmarks/profile_kernel.py low_rank_edit --N 448 --C 4096 --r 8 [--backward] [--json] [--source]
+You should see bytes moved beside the least possible, the same on every run; the times are predictions.
 
-bytes       traffic to device memory, by a model: the chip's L2 as one LRU cache of 32-byte sectors, empty at the start, blocks
-            one after another, what was written counted when it leaves; no L1.  The L2 is the smallest in the table of GPUs.
+bytes       traffic to device memory, by a model: the chip's L2 as one LRU cache of 32-byte sectors, empty at the start,
+            blocks one after another, what was written counted when it leaves; no L1.  The smallest L2 of the table.
 l2_bytes    all sectors that warps asked for.          least_bytes  each input read once, each output written once.
-coalescing  share of hot accesses (source lines that move at least 5 % of the sectors) that are 16 bytes a lane and touch no
-            more sectors than their bytes need.        bank_conflicts  extra passes over shared memory.
+coalescing  share of hot accesses (source lines that move at least 5 % of the sectors) that are 16 bytes a lane
+            and touch no more sectors than their bytes need.        bank_conflicts  extra passes over shared memory.
 """
 
 import argparse
@@ -17,14 +17,16 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # so that it also runs as a file
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it also runs as a file
 from benchmarks.emulator import ROOT, Emulator  # noqa: E402
 
-# Data sheets: memory bandwidth (GB/s), L2 (MB), float32 outside and half precision with float sums inside the tensor cores
-# (TFLOP/s, dense).  The cost of a launch is an assumption, the same for all.
-GPUS = {"RTX 3060": dict(bandwidth=360, l2=3, float32=12.7, tensor=25.5),
-        "RTX 4090": dict(bandwidth=1008, l2=72, float32=82.6, tensor=165),
-        "H200": dict(bandwidth=4800, l2=50, float32=67, tensor=989)}
+# Data sheets: memory bandwidth (GB/s), L2 (MB), float32 outside and half precision with float sums inside the tensor
+# cores (TFLOP/s, dense).  The cost of a launch is an assumption, the same for all.
+GPUS = {
+    "RTX 3060": dict(bandwidth=360, l2=3, float32=12.7, tensor=25.5),
+    "RTX 4090": dict(bandwidth=1008, l2=72, float32=82.6, tensor=165),
+    "H200": dict(bandwidth=4800, l2=50, float32=67, tensor=989),
+}
 LAUNCH_US = 3.0
 SMALLEST_L2 = min(gpu["l2"] for gpu in GPUS.values()) << 20
 HOT = 0.05
@@ -35,22 +37,26 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def low_rank_edit(emulator: Emulator, a, positions: bool = False):
-    """All rows of (1, N, C); or at --P positions in each of N / P sequences, saving the edited rows as training does."""
+    """All rows of (1, N, C); or at --P positions in each of N / P sequences, saving edited rows as training does."""
     B, P = (math.ceil(a.N / a.P), a.P) if positions else (1, a.N)
     T = 4 * P if positions else P
     N = B * P
-    h, g = (torch.randn(B, T, a.C).to(a.dtype) for _ in range(2))                              # (B, T, C)
-    down, up = ((torch.randn(a.r, a.C) / a.C ** 0.5).to(a.weight_dtype) for _ in range(2))     # (r, C)
+    h, g = (torch.randn(B, T, a.C).to(a.dtype) for _ in range(2))  # (B, T, C)
+    down, up = ((torch.randn(a.r, a.C) / a.C**0.5).to(a.weight_dtype) for _ in range(2))  # (r, C)
     bias = torch.randn(a.r).to(a.weight_dtype)
-    where = torch.stack([torch.randperm(T)[:P] for _ in range(B)]) if positions else None      # (B, P)
+    where = torch.stack([torch.randperm(T)[:P] for _ in range(B)]) if positions else None  # (B, P)
     U, weights = N * a.C * h.element_size(), (2 * a.r * a.C + a.r) * down.element_size()
-    extra = N * a.r * 4 + positions * N * 8                                                    # δ, positions
+    extra = N * a.r * 4 + positions * N * 8  # δ, positions
     if not a.backward:
         out = h.clone()
-        return (lambda: emulator.low_rank_edit(h, down, up, bias, where, out=out)), (2 + positions) * U + weights + extra
+        return (lambda: emulator.low_rank_edit(h, down, up, bias, where, out=out)), (
+            2 + positions
+        ) * U + weights + extra
     _, delta, rows = emulator.low_rank_edit(h, down, up, bias, where)
-    return ((lambda: emulator.low_rank_edit_backward(g, None if positions else h, rows, delta, down, up, where)),
-            3 * U + 2 * weights - bias.nbytes + extra)
+    return (
+        (lambda: emulator.low_rank_edit_backward(g, None if positions else h, rows, delta, down, up, where)),
+        3 * U + 2 * weights - bias.nbytes + extra,
+    )
 
 
 def scale(emulator: Emulator, a, activation: str = "none", streams: int = 1):
@@ -60,7 +66,9 @@ def scale(emulator: Emulator, a, activation: str = "none", streams: int = 1):
     U, vectors = streams * x[0].nbytes, streams * l[0].nbytes
     if not a.backward:
         return (lambda: emulator.scale(x, l, None, activation, up if gated else None)), (2 + gated) * U + vectors
-    return (lambda: emulator.scale_backward(g, x, l, None, activation, up if gated else None)), (3 + 2 * gated) * U + 2 * vectors
+    return (lambda: emulator.scale_backward(g, x, l, None, activation, up if gated else None)), (
+        3 + 2 * gated
+    ) * U + 2 * vectors
 
 
 def noisy_embedding(emulator: Emulator, a):
@@ -72,22 +80,43 @@ def noisy_embedding(emulator: Emulator, a):
     return (lambda: emulator.noisy_embedding_backward(g, ids, a.V)), least
 
 
-KERNELS = {"low_rank_edit": low_rank_edit, "low_rank_edit_at": lambda e, a: low_rank_edit(e, a, positions=True),
-           "scale": scale, "scale_pair": lambda e, a: scale(e, a, streams=2), "gelu_scale": lambda e, a: scale(e, a, "gelu"),
-           "swiglu_scale": lambda e, a: scale(e, a, "swiglu"), "noisy_embedding": noisy_embedding}
+KERNELS = {
+    "low_rank_edit": low_rank_edit,
+    "low_rank_edit_at": lambda e, a: low_rank_edit(e, a, positions=True),
+    "scale": scale,
+    "scale_pair": lambda e, a: scale(e, a, streams=2),
+    "gelu_scale": lambda e, a: scale(e, a, "gelu"),
+    "swiglu_scale": lambda e, a: scale(e, a, "swiglu"),
+    "noisy_embedding": noisy_embedding,
+}
 
 
 # ---- counting, adding up, predicting --------------------------------------------------------------------------------
 
 
-def profile(kernel: str, N: int = 448, C: int = 4096, r: int = 8, dtype: str = "bf16", weights: str = "fp32", backward: bool = False,
-            P: int = 14, V: int = 32000, emulator: Emulator | None = None, gpus: dict = GPUS) -> dict:
+def profile(
+    kernel: str,
+    N: int = 448,
+    C: int = 4096,
+    r: int = 8,
+    dtype: str = "bf16",
+    weights: str = "fp32",
+    backward: bool = False,
+    P: int = 14,
+    V: int = 32000,
+    emulator: Emulator | None = None,
+    gpus: dict = GPUS,
+) -> dict:
     """Run one kernel in the emulator, once for each size of L2 in `gpus`, and add up what it did."""
     torch.manual_seed(0)
-    a = argparse.Namespace(N=N, C=C, r=r, P=P, V=V, dtype=DTYPES[dtype], weight_dtype=DTYPES[weights], backward=backward)
+    a = argparse.Namespace(
+        N=N, C=C, r=r, P=P, V=V, dtype=DTYPES[dtype], weight_dtype=DTYPES[weights], backward=backward
+    )
     emulator = emulator or Emulator()
     run, least = KERNELS[kernel](emulator, a)
-    by_l2 = {l2: _summary(_count(emulator, run, l2), least) for l2 in {SMALLEST_L2, *(g["l2"] << 20 for g in gpus.values())}}
+    by_l2 = {
+        l2: _summary(_count(emulator, run, l2), least) for l2 in {SMALLEST_L2, *(g["l2"] << 20 for g in gpus.values())}
+    }
     result = dict(kernel=kernel, N=N, C=C, r=r, dtype=dtype, weights=weights, backward=backward, **by_l2[SMALLEST_L2])
     result["predicted_us"] = {name: predict(by_l2[gpu["l2"] << 20], gpu) for name, gpu in gpus.items()}
     return result
@@ -103,19 +132,31 @@ def _summary(counts: dict, least: int) -> dict:
     sites = [dict(site, kernel=k["name"]) for k in counts["kernels"] for site in k["sites"]]
     sectors = sum(s["sectors"] for s in sites)
     hot = [s for s in sites if not s["shared"] and s["sectors"] >= HOT * sectors]
-    total = {key: sum(k[key] for k in counts["kernels"]) for key in ("launches", "blocks", "barriers", "shuffles", "mma", "fma", "special")}
+    total = {
+        key: sum(k[key] for k in counts["kernels"])
+        for key in ("launches", "blocks", "barriers", "shuffles", "mma", "fma", "special")
+    }
     return dict(
-        bytes=counts["bytes"], l2_bytes=32 * sectors, least_bytes=least, sectors=sectors,
+        bytes=counts["bytes"],
+        l2_bytes=32 * sectors,
+        least_bytes=least,
+        sectors=sectors,
         coalescing=sum(s["full"] for s in hot) / sum(s["instructions"] for s in hot),
-        bank_conflicts=sum(s["conflicts"] for s in sites), barriers_per_block=total["barriers"] / total["blocks"],
-        **total, kernels=counts["kernels"])
+        bank_conflicts=sum(s["conflicts"] for s in sites),
+        barriers_per_block=total["barriers"] / total["blocks"],
+        **total,
+        kernels=counts["kernels"],
+    )
 
 
 def predict(counts: dict, gpu: dict) -> dict:
     """Microseconds: the longest of the three units' times, and the launches, which nothing overlaps."""
-    parts = dict(memory=counts["bytes"] / gpu["bandwidth"] / 1e3,
-                 float32=2 * (counts["fma"] + 8 * counts["special"]) / gpu["float32"] / 1e6,         # 8: a special function in fma
-                 tensor=4096 * counts["mma"] / gpu["tensor"] / 1e6, launch=counts["launches"] * LAUNCH_US)
+    parts = dict(
+        memory=counts["bytes"] / gpu["bandwidth"] / 1e3,
+        float32=2 * (counts["fma"] + 8 * counts["special"]) / gpu["float32"] / 1e6,  # 8: a special function in fma
+        tensor=4096 * counts["mma"] / gpu["tensor"] / 1e6,
+        launch=counts["launches"] * LAUNCH_US,
+    )
     return dict(parts, total=max(parts["memory"], parts["float32"], parts["tensor"]) + parts["launch"])
 
 
@@ -123,19 +164,32 @@ def predict(counts: dict, gpu: dict) -> dict:
 
 
 def show(p: dict) -> None:
-    print(f"{p['kernel']}{' backward' * p['backward']}, N {p['N']}, C {p['C']}, r {p['r']}, {p['dtype']}, parameters {p['weights']}; "
-          f"counted in the emulator, L2 of {SMALLEST_L2 >> 20} MB")
+    print(
+        f"{p['kernel']}{' backward' * p['backward']}, N {p['N']}, C {p['C']}, r {p['r']}, {p['dtype']}, "
+        f"parameters {p['weights']}; "
+        f"counted in the emulator, L2 of {SMALLEST_L2 >> 20} MB"
+    )
     print(f"  bytes          {p['bytes']:>12,}   {p['bytes'] / p['least_bytes']:.3f} × the least, {p['least_bytes']:,}")
     print(f"  l2_bytes       {p['l2_bytes']:>12,}   {p['l2_bytes'] / p['least_bytes']:.2f} ×, {p['sectors']:,} sectors")
     print(f"  coalescing     {p['coalescing']:>12.2%}   bank_conflicts {p['bank_conflicts']:,}")
-    print(f"  {'kernel':<22}{'launches':>9}{'blocks':>9}{'threads':>8}{'barriers/block':>15}{'shuffles':>11}{'mma':>9}{'fma':>13}")
+    print(
+        f"  {'kernel':<22}{'launches':>9}{'blocks':>9}{'threads':>8}{'barriers/block':>15}"
+        f"{'shuffles':>11}{'mma':>9}{'fma':>13}"
+    )
     for k in p["kernels"]:
-        print(f"  {k['name']:<22}{k['launches']:>9,}{k['blocks']:>9,}{k['threads']:>8}{k['barriers'] / k['blocks']:>15.1f}"
-              f"{k['shuffles']:>11,}{k['mma']:>9,}{k['fma']:>13,}")
-    print(f"  predicted, not measured (data sheet rates, {LAUNCH_US:.0f} µs a launch assumed, L1 and L2 taken as free):")
+        print(
+            f"  {k['name']:<22}{k['launches']:>9,}{k['blocks']:>9,}{k['threads']:>8}"
+            f"{k['barriers'] / k['blocks']:>15.1f}"
+            f"{k['shuffles']:>11,}{k['mma']:>9,}{k['fma']:>13,}"
+        )
+    print(
+        f"  predicted, not measured (data sheet rates, {LAUNCH_US:.0f} µs a launch assumed, L1 and L2 taken as free):"
+    )
     for name, t in p["predicted_us"].items():
-        print(f"    {name:<10}{t['total']:>9.1f} µs   memory {t['memory']:.1f}, float32 {t['float32']:.1f}, tensor cores "
-              f"{t['tensor']:.1f}, launches {t['launch']:.1f}")
+        print(
+            f"    {name:<10}{t['total']:>9.1f} µs   memory {t['memory']:.1f}, float32 {t['float32']:.1f}, tensor cores "
+            f"{t['tensor']:.1f}, launches {t['launch']:.1f}"
+        )
 
 
 def show_source(p: dict) -> None:
@@ -145,7 +199,10 @@ def show_source(p: dict) -> None:
         for s in k["sites"]:
             at.setdefault(s["file"], {}).setdefault(s["line"], []).append(s)
     for file, lines in at.items():
-        print(f"\n{Path(file).resolve().relative_to(ROOT)}\n{'instructions':>13}{'sectors':>10}{'full':>6}{'conflicts':>10}")
+        print(
+            f"\n{Path(file).resolve().relative_to(ROOT)}\n"
+            f"{'instructions':>13}{'sectors':>10}{'full':>6}{'conflicts':>10}"
+        )
         for number, text in enumerate(Path(file).read_text().splitlines(), 1):
             if not any(abs(number - other) <= 3 for other in lines):
                 continue
@@ -154,18 +211,24 @@ def show_source(p: dict) -> None:
             is_global = any(not s["shared"] for s in sites)
             counts = " " * 39
             if sites:
-                sectors, full = (f"{total['sectors']:,}", f"{total['full'] / total['instructions']:.0%}") if is_global else ("", "")
+                sectors, full = (
+                    (f"{total['sectors']:,}", f"{total['full'] / total['instructions']:.0%}") if is_global else ("", "")
+                )
                 counts = f"{total['instructions']:>13,}{sectors:>10}{full:>6}{total['conflicts'] or '':>10}"
             print(f"{counts} {number:>4}  {text}")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="minireft profile", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="minireft profile", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("kernel", choices=KERNELS)
     parser.add_argument("--N", type=int, default=448, help="rows (default %(default)s)")
     parser.add_argument("--C", type=int, default=4096, help="width (default %(default)s)")
     parser.add_argument("--r", type=int, default=8, help="rank (default %(default)s)")
-    parser.add_argument("--P", type=int, default=14, help="positions in a sequence, for low_rank_edit_at (default %(default)s)")
+    parser.add_argument(
+        "--P", type=int, default=14, help="positions in a sequence, for low_rank_edit_at (default %(default)s)"
+    )
     parser.add_argument("--V", type=int, default=32000, help="vocabulary, for noisy_embedding (default %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the activations (default %(default)s)")
     parser.add_argument("--weights", choices=DTYPES, help="of the parameters: fp32 (default) or the activations'")

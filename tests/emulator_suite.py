@@ -10,8 +10,9 @@ import torch
 from minireft import reference
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-UNIT = {F32: 2.0 ** -24, F16: 2.0 ** -11, BF16: 2.0 ** -8}                 # one rounding's relative error
-PAIRS = [(F32, F32), (BF16, F32), (F16, F16)]                              # activations, parameters
+UNIT = {F32: 2.0**-24, F16: 2.0**-11, BF16: 2.0**-8}  # one rounding's relative error
+PAIRS = [(F32, F32), (BF16, F32), (F16, F16)]  # activations, parameters
+WIDE = [(1, 3, 301, 2), (1, 2, 2056, 2), (1, 3, 584, 16)]  # wider than a block reads at once: B, T, C, r
 CHECKS = {}
 
 
@@ -25,15 +26,17 @@ def same(got, formula, dtype, *arguments, what=""):
 
     `formula` takes tensors first and may take anything after them; it returns a tensor or several.
     """
+
     def cast(to):
         return [a.to(to) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments]
+
     exact, plain = formula(*cast(torch.float64)), formula(*cast(dtype))
     got, exact, plain = ([x] if isinstance(x, torch.Tensor) else list(x) for x in (got, exact, plain))
     for i, (ours, right, theirs) in enumerate(zip(got, exact, plain, strict=True)):
         right, theirs, ours = right.flatten(), theirs.double().flatten(), ours.double().flatten()
         budget = 2 * max((theirs - right).norm().item(), UNIT[dtype] * right.norm().item())
         error = (ours - right).norm().item()
-        assert error <= budget, f"{what} output {i}, {dtype}: error {error:.3g}, allowed {budget:.3g}"     # NaN fails
+        assert error <= budget, f"{what} output {i}, {dtype}: error {error:.3g}, allowed {budget:.3g}"  # NaN fails
 
 
 # The formulas as one writes them in PyTorch, rounding where it rounds: the budget's yardstick.
@@ -50,8 +53,11 @@ def edit_backward(g, h, D, A, b):
 
 
 def weights(C, r, dtype, *banks):
-    return [(torch.randn(*banks, r, C) / C ** 0.5).to(dtype), (torch.randn(*banks, r, C) / r ** 0.5).to(dtype),
-            torch.randn(*banks, r).to(dtype)]
+    return [
+        (torch.randn(*banks, r, C) / C**0.5).to(dtype),
+        (torch.randn(*banks, r, C) / r**0.5).to(dtype),
+        torch.randn(*banks, r).to(dtype),
+    ]
 
 
 def rows(B, T, C, dtype, pad=0):
@@ -62,7 +68,7 @@ def rows(B, T, C, dtype, pad=0):
 @check
 def edit_all(emulator):
     for dtype, w in PAIRS:
-        for B, T, C, r in [(2, 5, 64, 4), (1, 7, 33, 3), (2, 9, 520, 9), (1, 45, 72, 16), (2, 35, 136, 70)]:
+        for B, T, C, r in [(2, 5, 64, 4), (1, 7, 33, 3), (2, 9, 520, 9), (1, 45, 72, 16), (2, 35, 136, 70), *WIDE]:
             h, g, (D, A, b) = rows(B, T, C, dtype), rows(B, T, C, dtype), weights(C, r, w)
             out, delta, _ = emulator.low_rank_edit(h, D, A, b)
             same(out, edit, dtype, h, D, A, b, what=f"edit {B, T, C, r}")
@@ -70,7 +76,9 @@ def edit_all(emulator):
             x, wide_D, wide_b = h.flatten(0, -2).double(), D.double(), b.double()
             terms = (x.abs() @ wide_D.abs().T + wide_b.abs()).norm()
             error = (delta.double() - (x @ wide_D.T + wide_b)).norm()
-            assert error <= 2.0 ** (-15 if dtype != F32 and r >= 16 else -22) * terms, f"δ {dtype} {B, T, C, r}: error {error:.3g}"
+            assert error <= 2.0 ** (-15 if dtype != F32 and r >= 16 else -22) * terms, (
+                f"δ {dtype} {B, T, C, r}: error {error:.3g}"
+            )
             gradients = emulator.low_rank_edit_backward(g, h, None, delta, D, A)
             same(gradients, edit_backward, dtype, g, h, D, A, b, what=f"edit backward {B, T, C, r}")
 
@@ -82,13 +90,27 @@ def edit_strided(emulator):
             h, g, (D, A, b) = rows(2, 6, 64, dtype, pad), rows(2, 6, 64, dtype, pad), weights(64, 16, w)
             out, delta, _ = emulator.low_rank_edit(h, D, A, b)
             same(out, edit, dtype, h, D, A, b, what=f"edit, offset {pad}")
-            same(emulator.low_rank_edit_backward(g, h, None, delta, D, A), edit_backward, dtype, g, h, D, A, b, what=f"edit backward, offset {pad}")
+            same(
+                emulator.low_rank_edit_backward(g, h, None, delta, D, A),
+                edit_backward,
+                dtype,
+                g,
+                h,
+                D,
+                A,
+                b,
+                what=f"edit backward, offset {pad}",
+            )
 
 
 @check
 def edit_chunked(emulator):
     """Many chunks, splits and a ragged end: what a small L2 and many rows lead to."""
-    for dtype, w, (N, C, r), l2 in [(F32, F32, (333, 64, 3), 48 << 10), (BF16, BF16, (333, 64, 16), 48 << 10), (BF16, F32, (700, 64, 2), 3 << 20)]:
+    for dtype, w, (N, C, r), l2 in [
+        (F32, F32, (333, 64, 3), 48 << 10),
+        (BF16, BF16, (333, 64, 16), 48 << 10),
+        (BF16, F32, (700, 64, 2), 3 << 20),
+    ]:
         h, g, (D, A, b) = rows(1, N, C, dtype), rows(1, N, C, dtype), weights(C, r, w)
         _, delta, _ = emulator.low_rank_edit(h, D, A, b)
         with emulator.counting(l2):
@@ -110,7 +132,7 @@ def edit_repeats(emulator):
 
 @check
 def edit_at_positions(emulator):
-    positions = torch.tensor([[4, 0, -1, 2], [-1, 6, 1, 3], [-1, -1, -1, -1]])                 # (B, P)
+    positions = torch.tensor([[4, 0, -1, 2], [-1, 6, 1, 3], [-1, -1, -1, -1]])  # (B, P)
     for dtype, w in PAIRS:
         for C, r in [(64, 4), (33, 3), (72, 17)]:
             h, g, (D, A, b) = rows(3, 7, C, dtype), rows(3, 7, C, dtype), weights(C, r, w)
@@ -118,11 +140,13 @@ def edit_at_positions(emulator):
             wide = [x.double() for x in (h, D, A, b)]
             right = reference.low_rank_edit_at(wide[0], positions, *wide[1:])
             chosen = torch.zeros(3, 7, dtype=torch.bool).scatter(1, positions.clamp(min=0), positions >= 0)
-            chosen[0, 0] = True                                            # −1 was clamped onto it
+            chosen[0, 0] = True  # −1 was clamped onto it
             chosen[1:, 0] = False
             assert torch.equal(out[~chosen], h[~chosen]), "a row that no position names was changed"
             same(out[chosen], edit, dtype, h[chosen], D, A, b, what=f"edit at positions {C, r}")
-            assert torch.equal(saved[positions.flatten() >= 0], h[torch.arange(3)[:, None], positions][positions >= 0]), "saved rows"
+            assert torch.equal(
+                saved[positions.flatten() >= 0], h[torch.arange(3)[:, None], positions][positions >= 0]
+            ), "saved rows"
             assert (delta[positions.flatten() < 0] == 0).all(), "δ of rows that are not edited must be 0"
             in_place = h.clone()
             emulator.low_rank_edit(in_place, D, A, b, positions, out=in_place)
@@ -130,7 +154,17 @@ def edit_at_positions(emulator):
             assert (right.double() - out.double()).norm() < 1e-2 * right.norm(), "positions mixed up"
             dh, *gradients = emulator.low_rank_edit_backward(g, None, saved, delta, D, A, positions)
             assert torch.equal(dh[~chosen], g[~chosen]), "the gradient of a row that no position names was changed"
-            same([dh[chosen], *gradients], edit_backward, dtype, g[chosen], h[chosen], D, A, b, what=f"edit backward at positions {C, r}")
+            same(
+                [dh[chosen], *gradients],
+                edit_backward,
+                dtype,
+                g[chosen],
+                h[chosen],
+                D,
+                A,
+                b,
+                what=f"edit backward at positions {C, r}",
+            )
 
 
 @check
@@ -155,13 +189,29 @@ def edit_banks(emulator):
             for C, r in [(64, 4), (33, 17)]:
                 h, g, banks = rows(3, 5, C, dtype), rows(3, 5, C, dtype), weights(C, r, w, K)
                 out, delta, saved = emulator.low_rank_edit(h, *banks, positions, tasks)
-                same(out, lambda h, *banks: reference.low_rank_edit_at(h, positions, *banks, tasks), dtype, h, *banks, what=f"banks {C, r}")
+                same(
+                    out,
+                    lambda h, *banks: reference.low_rank_edit_at(h, positions, *banks, tasks),
+                    dtype,
+                    h,
+                    *banks,
+                    what=f"banks {C, r}",
+                )
                 gradients = emulator.low_rank_edit_backward(g, None, saved, delta, *banks[:2], positions, tasks)
-                same(gradients, lambda g, h, *banks: reference.low_rank_edit_at_backward(g, h, positions, *banks, tasks), dtype, g, h, *banks,
-                     what=f"banks backward {C, r}")
+                same(
+                    gradients,
+                    lambda g, h, *banks: reference.low_rank_edit_at_backward(g, h, positions, *banks, tasks),
+                    dtype,
+                    g,
+                    h,
+                    *banks,
+                    what=f"banks backward {C, r}",
+                )
     h, banks = rows(3, 5, 64, F32), weights(64, 4, F32, K)
     out, _, _ = emulator.low_rank_edit(h, *banks, positions, torch.tensor([3, 0, 1]))
-    assert out[0, positions[0]].isnan().all() and not out[1:].isnan().any(), "a task that names no bank must make NaN of its rows alone"
+    assert out[0, positions[0]].isnan().all() and not out[1:].isnan().any(), (
+        "a task that names no bank must make NaN of its rows alone"
+    )
 
 
 @check
@@ -177,35 +227,56 @@ def edit_empty(emulator):
 ACTIVATIONS = {
     "none": (reference.scale, reference.scale_backward),
     "gelu": (reference.gelu_scale, reference.gelu_scale_backward),
-    "gelu_tanh": (lambda u, l, tasks: reference.gelu_scale(u, l, tasks, "tanh"), lambda g, u, l, tasks: reference.gelu_scale_backward(g, u, l, tasks, "tanh")),
-    "swiglu": (reference.swiglu_scale, reference.swiglu_scale_backward)}
+    "gelu_tanh": (
+        lambda u, l, tasks: reference.gelu_scale(u, l, tasks, "tanh"),
+        lambda g, u, l, tasks: reference.gelu_scale_backward(g, u, l, tasks, "tanh"),
+    ),
+    "swiglu": (reference.swiglu_scale, reference.swiglu_scale_backward),
+}
 
 
 @check
 def scale_all(emulator):
     for dtype, w in PAIRS:
         for name, (forward, backward) in ACTIVATIONS.items():
-            for B, T, C, tasks in [(2, 75, 64, None), (3, 5, 33, None), (2, 5, 264, None), (3, 70, 72, torch.tensor([1, -1, 0])), (3, 2, 33, torch.tensor([1, 1, -1]))]:
+            for B, T, C, tasks in [
+                (2, 75, 64, None),
+                (3, 5, 33, None),
+                (2, 5, 264, None),
+                (3, 70, 72, torch.tensor([1, -1, 0])),
+                (3, 2, 33, torch.tensor([1, 1, -1])),
+            ]:
                 x, up, g = (rows(B, T, C, dtype) for _ in range(3))
                 l = torch.randn(*([2] if tasks is not None else []), C).to(w)
                 inputs = [x, up] if name == "swiglu" else [x]
-                out, = emulator.scale([x], [l], tasks, name, [up] if name == "swiglu" else None)
+                (out,) = emulator.scale([x], [l], tasks, name, [up] if name == "swiglu" else None)
                 same(out, forward, dtype, *inputs, l, tasks, what=f"{name} {B, T, C}")
                 dx, dup, dl = emulator.scale_backward([g], [x], [l], tasks, name, [up] if name == "swiglu" else None)[0]
-                same([dx, dup, dl] if name == "swiglu" else [dx, dl], backward, dtype, g, *inputs, l, tasks, what=f"{name} backward {B, T, C}")
+                same(
+                    [dx, dup, dl] if name == "swiglu" else [dx, dl],
+                    backward,
+                    dtype,
+                    g,
+                    *inputs,
+                    l,
+                    tasks,
+                    what=f"{name} backward {B, T, C}",
+                )
 
 
 @check
 def scale_rest(emulator):
-    """Keys and values of different widths as views of one packed projection; a task that names no bank; nothing at all."""
+    """Keys and values of different widths, views of one packed projection; a task that names no bank; nothing."""
     packed, l = rows(2, 9, 96, F32), torch.randn(96)
     key, value = emulator.scale([packed[..., :64], packed[..., 64:]], [l[:64], l[64:]])
     assert torch.equal(torch.cat([key, value], -1), packed * l), "keys and values in one launch"
     dkey, dvalue = emulator.scale_backward([key, value], [packed[..., :64], packed[..., 64:]], [l[:64], l[64:]])
     same([dkey[0], dkey[2]], reference.scale_backward, F32, key, packed[..., :64], l[:64], None, what="keys")
     same([dvalue[0], dvalue[2]], reference.scale_backward, F32, value, packed[..., 64:], l[64:], None, what="values")
-    out, = emulator.scale([packed], [l[None]], torch.tensor([0, 1]))
-    assert torch.equal(out[0], packed[0] * l) and out[1].isnan().all(), "a task that names no vector must make NaN of its rows"
+    (out,) = emulator.scale([packed], [l[None]], torch.tensor([0, 1]))
+    assert torch.equal(out[0], packed[0] * l) and out[1].isnan().all(), (
+        "a task that names no vector must make NaN of its rows"
+    )
     _, _, dl = emulator.scale_backward([packed[:0]], [packed[:0]], [l])[0]
     assert (dl == 0).all(), "no rows, no gradient"
 
@@ -216,18 +287,37 @@ def noise_all(emulator):
     for dtype in (F32, BF16, F16):
         for B, T, C in [(2, 5, 64), (3, 7, 33), (1, 40, 264)]:
             weight, ids, seed = torch.randn(V, C).to(dtype), torch.randint(0, V, (B, T)), torch.tensor([5, 1 << 33 | 7])
-            for options in ({}, dict(lengths=torch.randint(1, T + 1, (B,))),
-                            dict(lengths=torch.randint(0, T + 1, (B, T)), rows=torch.randint(0, 1 << 40, (B, T)), index=torch.randint(0, T, (B, T)))):
+            for options in (
+                {},
+                dict(lengths=torch.randint(1, T + 1, (B,))),
+                dict(
+                    lengths=torch.randint(0, T + 1, (B, T)),
+                    rows=torch.randint(0, 1 << 40, (B, T)),
+                    index=torch.randint(0, T, (B, T)),
+                ),
+            ):
                 got = emulator.noisy_embedding(ids, weight, 5.0, seed, **options)
-                assert torch.equal(got, reference.noisy_embedding(ids, weight, 5.0, seed, **options)), f"uniform noise {dtype} {B, T, C}"
+                assert torch.equal(got, reference.noisy_embedding(ids, weight, 5.0, seed, **options)), (
+                    f"uniform noise {dtype} {B, T, C}"
+                )
                 got = emulator.noisy_embedding(ids, weight, 5.0, seed, **options, distribution="gaussian")
                 right = reference.noisy_embedding(ids, weight.double(), 5.0, seed, **options, distribution="gaussian")
-                assert (got.double() - right).norm() <= 2 * UNIT[dtype] * right.norm() + 1e-6, f"Gaussian noise {dtype} {B, T, C}"
+                assert (got.double() - right).norm() <= 2 * UNIT[dtype] * right.norm() + 1e-6, (
+                    f"Gaussian noise {dtype} {B, T, C}"
+                )
             g = torch.randn(B, T, C).to(dtype)
-            same(emulator.noisy_embedding_backward(g, ids, V), lambda g: reference.noisy_embedding_backward(g, ids, V), dtype, g, what=f"dweight {B, T, C}")
+            same(
+                emulator.noisy_embedding_backward(g, ids, V),
+                lambda g: reference.noisy_embedding_backward(g, ids, V),
+                dtype,
+                g,
+                what=f"dweight {B, T, C}",
+            )
     ids = torch.tensor([[0, 11, -1, 2]])
     got = emulator.noisy_embedding(ids, weight, 5.0, seed)
-    assert got[0, 1:3].isnan().all() and got[0, ::3].isfinite().all(), "ids that name no row must make NaN, and nothing else"
+    assert got[0, 1:3].isnan().all() and got[0, ::3].isfinite().all(), (
+        "ids that name no row must make NaN, and nothing else"
+    )
     emulator.noisy_embedding_backward(rows(1, 4, 264, F16).contiguous(), ids, V)
 
 

@@ -1,4 +1,4 @@
-"""Every CUDA kernel compiles for every architecture that is supported, without torch, and keeps its numbers in registers.
+"""Every CUDA kernel compiles for every supported architecture, without torch, and keeps its numbers in registers.
 Run: pytest tests/test_cuda_compile.py     (skipped where there is no nvcc)
 You should see no spilled register and no stack frame in any kernel; a function that uses local memory is named.
 """
@@ -22,8 +22,11 @@ pytestmark = pytest.mark.skipif(not NVCC, reason="no nvcc here: put it on the PA
 
 def compile_for(job: tuple[Path, int]) -> tuple[Path, int, str]:
     source, arch = job
-    done = subprocess.run([NVCC, "-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin", "-o", os.devnull, str(source)],
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [NVCC, "-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin", "-o", os.devnull, str(source)],
+        capture_output=True,
+        text=True,
+    )
     return source, arch, done.stdout + done.stderr + ("\nerror: nvcc failed" if done.returncode else "")
 
 
@@ -39,7 +42,9 @@ def local_memory(report: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("archs", [(90,), pytest.param(tuple(sorted({*ARCHITECTURES} - {90})), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(
+    "archs", [(90,), pytest.param(tuple(sorted({*ARCHITECTURES} - {90})), marks=pytest.mark.slow)], ids=str
+)
 def test_every_kernel_compiles_without_spills(archs):
     with ThreadPoolExecutor(2) as pool:
         for source, arch, report in pool.map(compile_for, [(source, arch) for arch in archs for source in SOURCES]):
@@ -50,6 +55,8 @@ def test_every_kernel_compiles_without_spills(archs):
 
 def test_a_kernel_that_uses_local_memory_is_found(tmp_path):
     source = tmp_path / "spill.cu"
-    source.write_text("__global__ void kernel(float* out, int i) { float v[64]; for (int k = 0; k < 64; k++) v[k] = out[k];\n"
-                      "  for (int k = 0; k < 64; k++) v[(i + k * k) % 64] += 1; out[i] = v[i]; }\n")
+    source.write_text(
+        "__global__ void kernel(float* out, int i) { float v[64]; for (int k = 0; k < 64; k++) v[k] = out[k];\n"
+        "  for (int k = 0; k < 64; k++) v[(i + k * k) % 64] += 1; out[i] = v[i]; }\n"
+    )
     assert any("kernel" in line for line in local_memory(compile_for((source, 80))[2]))

@@ -1,6 +1,6 @@
-"""The CUDA kernels in the emulator: right in every order of threads, cheap by count, and the emulator itself finds what it should.
+"""The CUDA kernels in the emulator: right in every order of threads, cheap by count; and what the emulator finds.
 Run: pytest -m emulator
-You should see each kernel agree with minireft.reference and move close to the least possible bytes, on a machine without a GPU.
+You should see each kernel agree with minireft.reference and move close to the least possible bytes, without a GPU.
 """
 
 import itertools
@@ -20,7 +20,10 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.emulator import Emulator, build  # noqa: E402
 from benchmarks.profile_kernel import KERNELS, main, profile  # noqa: E402
 
-pytestmark = [pytest.mark.emulator, pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler here")]
+pytestmark = [
+    pytest.mark.emulator,
+    pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler here"),
+]
 
 
 @pytest.fixture(scope="session")
@@ -36,13 +39,26 @@ def test_kernels_are_right_in_every_order_of_threads(emulator, name, order):
 
 # ---- what the kernels cost -----------------------------------------------------------------------------------------
 
-# At least a million elements, and D, A and their gradients small beside an L2 of 3 MB (where they are not, the backward pass
-# reads g twice rather than go chunk by chunk: a third more bytes).
-SHAPES = [dict(N=256, C=4096, r=4, dtype="bf16"), dict(N=448, C=4096, r=8, dtype="bf16"), dict(N=448, C=4096, r=8, dtype="bf16", weights="bf16"),
-          dict(N=1366, C=768, r=8, dtype="fp32"), dict(N=1024, C=1024, r=16, dtype="fp16"), dict(N=1024, C=1024, r=32, dtype="bf16", weights="bf16")]
-EDITS = [(kernel, shape, backward) for kernel, shape, backward in itertools.product(["low_rank_edit", "low_rank_edit_at"], SHAPES, [False, True])
-         if kernel == "low_rank_edit" or shape["r"] == 8]
-OTHERS = [(kernel, shape, backward) for kernel, shape, backward in itertools.product(KERNELS, SHAPES[::3], [False, True]) if "edit" not in kernel]
+# At least a million elements, and D, A and their gradients small beside an L2 of 3 MB (where they are not, the backward
+# pass reads g twice rather than go chunk by chunk: a third more bytes).
+SHAPES = [
+    dict(N=256, C=4096, r=4, dtype="bf16"),
+    dict(N=448, C=4096, r=8, dtype="bf16"),
+    dict(N=448, C=4096, r=8, dtype="bf16", weights="bf16"),
+    dict(N=1366, C=768, r=8, dtype="fp32"),
+    dict(N=1024, C=1024, r=16, dtype="fp16"),
+    dict(N=1024, C=1024, r=32, dtype="bf16", weights="bf16"),
+]
+EDITS = [
+    (kernel, shape, backward)
+    for kernel, shape, backward in itertools.product(["low_rank_edit", "low_rank_edit_at"], SHAPES, [False, True])
+    if kernel == "low_rank_edit" or shape["r"] == 8
+]
+OTHERS = [
+    (kernel, shape, backward)
+    for kernel, shape, backward in itertools.product(KERNELS, SHAPES[::3], [False, True])
+    if "edit" not in kernel
+]
 
 
 @pytest.mark.parametrize("kernel, shape, backward", EDITS + OTHERS, ids=str)
@@ -61,7 +77,7 @@ def test_counts_are_the_same_on_every_run(emulator):
 
 
 def test_a_byte_is_counted_for_each_byte_of_a_simple_kernel(emulator):
-    """l ⊙ x on 64 rows of 256 bf16: known by hand.  Each of 8 warps reads l (256 floats) once; x is read, out written."""
+    """l ⊙ x on 64 rows of 256 bf16: known by hand.  8 warps read l (256 floats); x is read, out written."""
     found = profile("scale", N=64, C=256, dtype="bf16", emulator=emulator)
     assert found["bytes"] == found["least_bytes"] == 2 * 64 * 256 * 2 + 256 * 4
     assert found["l2_bytes"] == 2 * 64 * 256 * 2 + 8 * 256 * 4
@@ -72,7 +88,9 @@ def test_profile_prints_a_table_json_and_the_source(capsys):
     main(["scale", "--N", "64", "--C", "256", "--backward"])
     assert "predicted, not measured" in capsys.readouterr().out
     main(["scale", "--N", "64", "--C", "256", "--json"])
-    assert {"bytes", "l2_bytes", "least_bytes", "coalescing", "bank_conflicts", "predicted_us"} <= json.loads(capsys.readouterr().out).keys()
+    assert {"bytes", "l2_bytes", "least_bytes", "coalescing", "bank_conflicts", "predicted_us"} <= json.loads(
+        capsys.readouterr().out
+    ).keys()
     main(["scale", "--N", "64", "--C", "256", "--source"])
     assert "store(pointer<V, T>(a, job.out, n, t.c), narrow<T>(y));" in capsys.readouterr().out
     with pytest.raises(SystemExit):
@@ -140,18 +158,38 @@ def wrong_kernels(tmp_path_factory):
     source = folder / "wrong.cpp"
     source.write_text(WRONG.replace("../csrc", str(ROOT / "csrc")))
     compiler = os.environ.get("CXX", "g++")
-    subprocess.run([compiler, "-std=c++17", "-O1", "-g", "-DMINIREFT_EMULATOR", "-fsanitize=address", str(source), "-o", str(folder / "wrong")], check=True)
+    subprocess.run(
+        [
+            compiler,
+            "-std=c++17",
+            "-O1",
+            "-g",
+            "-DMINIREFT_EMULATOR",
+            "-fsanitize=address",
+            str(source),
+            "-o",
+            str(folder / "wrong"),
+        ],
+        check=True,
+    )
 
     def run(kernel: str, order: str = "forward"):
-        environment = {**os.environ, "MINIREFT_EMULATOR_ORDER": order, "ASAN_OPTIONS": "detect_leaks=0"}     # stopped fibers leave strings
+        environment = {
+            **os.environ,
+            "MINIREFT_EMULATOR_ORDER": order,
+            "ASAN_OPTIONS": "detect_leaks=0",
+        }  # stopped fibers leave strings
         return subprocess.run([folder / "wrong", kernel], env=environment, capture_output=True, text=True)
+
     return run
 
 
 def test_divergent_barriers_are_reported_with_block_thread_and_line(wrong_kernels):
     for kernel in ("half_of_the_block", "two_places"):
         said = wrong_kernels(kernel).stdout
-        assert "divergent barrier" in said and "of block (0, 0, 0)" in said and "thread " in said and "wrong.cpp:" in said, said
+        assert (
+            "divergent barrier" in said and "of block (0, 0, 0)" in said and "thread " in said and "wrong.cpp:" in said
+        ), said
     said = wrong_kernels("half_of_the_warp").stdout
     assert "waits at a shuffle" in said and "never reaches" in said, said
 
@@ -167,13 +205,16 @@ def test_shared_memory_starts_as_nan(wrong_kernels):
 
 def test_a_missing_barrier_shows_in_some_order_of_threads(wrong_kernels):
     right = " ".join(str((i + 1) % 64) for i in range(64))
-    found = {order: wrong_kernels("no_barrier", order).stdout.splitlines()[-1].strip() for order in ("forward", "reverse", "random")}
+    found = {
+        order: wrong_kernels("no_barrier", order).stdout.splitlines()[-1].strip()
+        for order in ("forward", "reverse", "random")
+    }
     assert any(line != right for line in found.values()), found
 
 
 def test_bank_conflicts_are_counted(wrong_kernels):
     counts = json.loads(wrong_kernels("two_way_conflict").stdout.splitlines()[1])["kernels"][0]
-    assert sum(s["conflicts"] for s in counts["sites"]) == 2 * 2                              # one a warp, two warps, two blocks
+    assert sum(s["conflicts"] for s in counts["sites"]) == 2 * 2  # one a warp, two warps, two blocks
 
 
 def test_scatter_sum_leaves_each_lane_the_sum_at_its_place(wrong_kernels):
@@ -193,16 +234,27 @@ def test_an_access_past_the_end_is_found_with_its_line_block_and_thread(wrong_ke
 def test_no_kernel_leaves_its_memory(tmp_path):
     """The whole suite with AddressSanitizer watching every access."""
     library = build(flags="-O1 -fsanitize=address")
-    runtime = subprocess.run([os.environ.get("CXX", "g++"), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
-    code = (f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\nimport emulator_suite\nfrom benchmarks.emulator import Emulator\n"
-            f"emulator = Emulator({str(library)!r})\nfor order in ('forward', 'random'): emulator_suite.run(emulator, '', order)\nprint('fine')")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          env={**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0"})
+    runtime = subprocess.run(
+        [os.environ.get("CXX", "g++"), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    code = (
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\nimport emulator_suite\n"
+        f"from benchmarks.emulator import Emulator\n"
+        f"emulator = Emulator({str(library)!r})\nfor order in ('forward', 'random'): "
+        f"emulator_suite.run(emulator, '', order)\nprint('fine')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0"},
+    )
     assert done.returncode == 0 and "fine" in done.stdout, done.stderr[-4000:]
 
 
 def test_the_package_has_the_same_kernels_as_a_backend():
     from minireft import ops
+
     if not ops.backends()["emulator"]:
         pytest.skip("the package is not built with the emulator: python setup.py build_ext --inplace")
     h, D, A, b = torch.randn(2, 3, 64), torch.randn(4, 64), torch.randn(4, 64), torch.randn(4)

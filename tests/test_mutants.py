@@ -1,6 +1,6 @@
-"""The checks are worth something: each of these wrong kernels, made by one change to a copy of the sources, must fail them.
+"""The checks are worth something: each of these wrong kernels, one change to a copy of the sources, must fail them.
 Run: pytest tests/test_mutants.py     (-m slow for the long half of the list)
-You should see every mutant fail the suite of emulator_suite.py; one that passes names a mistake that nobody would notice.
+You should see every mutant fail emulator_suite.py; one that passes names a mistake that nobody would notice.
 """
 
 import multiprocessing
@@ -16,51 +16,172 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks.emulator import Emulator, build  # noqa: E402
 
-pytestmark = [pytest.mark.emulator, pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler here")]
+pytestmark = [
+    pytest.mark.emulator,
+    pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler here"),
+]
 
-EDIT, SCALAR, TENSOR, SCALE, NOISE = ("low_rank_edit.cu", "low_rank_edit.cuh", "tensor_cores.cuh", "scale.cu", "noisy_embedding.cu")
+EDIT, SCALAR, TENSOR, SCALE, NOISE = (
+    "low_rank_edit.cu",
+    "low_rank_edit.cuh",
+    "tensor_cores.cuh",
+    "scale.cu",
+    "noisy_embedding.cu",
+)
 
 # What is wrong, file, what stands there (once), what to write instead, and the checks that look at it.
 QUICK = [
-    ("δ is used before it is there", SCALAR,
-     "if (lane % (32 / N) == 0) store(partial + warp * N + lane / (32 / N), sum[0]);\n    __syncthreads();",
-     "if (lane % (32 / N) == 0) store(partial + warp * N + lane / (32 / N), sum[0]);", "edit_all"),
-    ("a bias is forgotten", SCALAR, "factor += wide(load(static_cast<const W*>(a.bias) + bank * r + j))", "factor += 0", "edit_all"),
-    ("a sum in half precision", SCALAR, "sum[i * RANKS + j] = multiply_add(row[i].at[v], p.at[v], sum[i * RANKS + j]);",
-     "sum[i * RANKS + j] = wide(narrow<T>(multiply_add(row[i].at[v], p.at[v], sum[i * RANKS + j])));", "edit_all"),
-    ("later chunks forget the earlier ones", EDIT, "products.before[i] = n > 0 ? partial[i] : nullptr", "products.before[i] = nullptr", "edit_chunked"),
-    ("what halves leave over is dropped", TENSOR, "{pair(a, b), pair(narrow<T>(x - wide(a)), narrow<T>(y - wide(b)))}", "{pair(a, b), 0}", "edit_all"),
-    ("the scale is forgotten", SCALE, "y.at[i] = activate<A>(y.at[i]).y * l.at[i];", "y.at[i] = activate<A>(y.at[i]).y;", "scale"),
-    ("dl is read before all warps have written", SCALE, "  __syncthreads();\n  // A thread adds", "  // A thread adds", "scale"),
+    (
+        "δ is used before it is there",
+        SCALAR,
+        "if (lane % (32 / N) == 0) store(partial + warp * N + lane / (32 / N), sum[0]);\n    __syncthreads();",
+        "if (lane % (32 / N) == 0) store(partial + warp * N + lane / (32 / N), sum[0]);",
+        "edit_all",
+    ),
+    (
+        "a bias is forgotten",
+        SCALAR,
+        "factor += wide(load(static_cast<const W*>(a.bias) + bank * r + j))",
+        "factor += 0",
+        "edit_all",
+    ),
+    (
+        "a sum in half precision",
+        SCALAR,
+        "s = multiply_add(row[i].at[v], p.at[v], s);",
+        "s = wide(narrow<T>(multiply_add(row[i].at[v], p.at[v], s)));",
+        "edit_all",
+    ),
+    (
+        "later chunks forget the earlier ones",
+        EDIT,
+        "products.before[i] = n > 0 ? partial[i] : nullptr",
+        "products.before[i] = nullptr",
+        "edit_chunked",
+    ),
+    (
+        "what halves leave over is dropped",
+        TENSOR,
+        "{pair(a, b), pair(narrow<T>(x - wide(a)), narrow<T>(y - wide(b)))}",
+        "{pair(a, b), 0}",
+        "edit_all",
+    ),
+    (
+        "the scale is forgotten",
+        SCALE,
+        "y.at[i] = activate<A>(y.at[i]).y * l.at[i];",
+        "y.at[i] = activate<A>(y.at[i]).y;",
+        "scale",
+    ),
+    (
+        "dl is read before all warps have written",
+        SCALE,
+        "  __syncthreads();\n  // A thread adds",
+        "  // A thread adds",
+        "scale",
+    ),
     ("noise on padding too", NOISE, "(index < 0 || index >= length)) length = 0;", "false) length = 0;", "noise"),
     ("one round of Philox less", NOISE, "round < 10", "round < 9", "noise"),
 ]
 SLOW = [
-    ("the last ranks are skipped", SCALAR, "for (int j0 = 0; j0 < r; j0 += RANKS) {", "for (int j0 = 0; j0 + RANKS <= r || j0 == 0; j0 += RANKS) {", "edit_all"),
-    ("the last columns are skipped", SCALAR, "for (int64_t c0 = 0; c0 < C; c0 += stride) {\n    const int64_t c = c0 + threadIdx.x * V;\n    Floats<V> row[R];\n    UNROLL for (int i = 0; i < R; i++) row[i]",
-     "for (int64_t c0 = 0; c0 < C - V; c0 += stride) {\n    const int64_t c = c0 + threadIdx.x * V;\n    Floats<V> row[R];\n    UNROLL for (int i = 0; i < R; i++) row[i]", "edit"),
+    (
+        "the last ranks are skipped",
+        SCALAR,
+        "for (int j0 = 0; j0 < r; j0 += RANKS) {",
+        "for (int j0 = 0; j0 + RANKS <= r || j0 == 0; j0 += RANKS) {",
+        "edit_all",
+    ),
+    (
+        "the last columns are skipped",
+        SCALAR,
+        "for (int64_t c0 = 0; c0 < C; c0 += stride) {\n    const int64_t c = c0 + threadIdx.x * V;\n"
+        "    Floats<V> row[R];\n    UNROLL for (int i = 0; i < R; i++) row[i]",
+        "for (int64_t c0 = 0; c0 < C - stride; c0 += stride) {\n    const int64_t c = c0 + threadIdx.x * V;\n"
+        "    Floats<V> row[R];\n    UNROLL for (int i = 0; i < R; i++) row[i]",
+        "edit",
+    ),
     ("a repeated position counts twice", SCALAR, "if (again || token < 0", "if (token < 0", "edit_positions_rule"),
-    ("a position beyond the row is edited", SCALAR, "|| token >= a.e.T) token = -1", "|| false) token = 0", "edit_positions_rule"),
+    (
+        "a position beyond the row is edited",
+        SCALAR,
+        "|| token >= a.e.T) token = -1",
+        "|| false) token = 0",
+        "edit_positions_rule",
+    ),
     ("row and bank are mixed up", SCALAR, "place >> 32 == bank", "place >> 32 >= bank", "edit_banks"),
     ("an index off by one", SCALAR, "n * r + j + k);", "n * r + j + k + 1);", "edit_all"),
-    ("u and δ change places", SCALAR, "const float* s = job == 1 ? a.delta : a.u;", "const float* s = job == 1 ? a.u : a.delta;", "edit_all"),
-    ("factors are replaced while others read them", SCALAR, "n0 < end; n0 += CHUNK) {\n    __syncthreads();", "n0 < end; n0 += CHUNK) {", "edit_chunked"),
-    ("factors are read before they are staged", SCALAR, "offsets);\n    __syncthreads();\n    UNROLL_BY(4)", "offsets);\n    UNROLL_BY(4)", "edit"),
-    ("one split's sums are lost", EDIT, "partial[i], p.splits, products.split_stride", "partial[i], p.splits - 1, products.split_stride", "edit_chunked"),
-    ("high and low columns swapped", TENSOR, "const int64_t c = c0 + 32 * k + 8 * t;\n        Floats<8> eight;", "const int64_t c = c0 + 32 * (1 - k) + 8 * t;\n        Floats<8> eight;", "edit_all"),
-    ("a fragment's rows swapped", TENSOR, "high[m][2 * i] = upper.high, high[m][2 * i + 1] = lower.high;", "high[m][2 * i] = lower.high, high[m][2 * i + 1] = upper.high;", "edit_all"),
-    ("warps add at once", TENSOR, "      store(at, sum);\n    }\n    __syncthreads();", "      store(at, sum);\n    }", "edit"),
+    (
+        "u and δ change places",
+        SCALAR,
+        "const float* s = job == 1 ? a.delta : a.u;",
+        "const float* s = job == 1 ? a.u : a.delta;",
+        "edit_all",
+    ),
+    (
+        "factors are replaced while others read them",
+        SCALAR,
+        "n0 < end; n0 += CHUNK) {\n    __syncthreads();",
+        "n0 < end; n0 += CHUNK) {",
+        "edit_chunked",
+    ),
+    (
+        "factors are read before they are staged",
+        SCALAR,
+        "offsets);\n    __syncthreads();\n    UNROLL_BY(4)",
+        "offsets);\n    UNROLL_BY(4)",
+        "edit",
+    ),
+    (
+        "one split's sums are lost",
+        EDIT,
+        "partial[i], p.splits, products.split_stride",
+        "partial[i], p.splits - 1, products.split_stride",
+        "edit_chunked",
+    ),
+    (
+        "high and low columns swapped",
+        TENSOR,
+        "const int64_t c = c0 + 32 * k + 8 * t;\n        Floats<8> eight;",
+        "const int64_t c = c0 + 32 * (1 - k) + 8 * t;\n        Floats<8> eight;",
+        "edit_all",
+    ),
+    (
+        "a fragment's rows swapped",
+        TENSOR,
+        "high[m][2 * i] = upper.high, high[m][2 * i + 1] = lower.high;",
+        "high[m][2 * i] = lower.high, high[m][2 * i + 1] = upper.high;",
+        "edit_all",
+    ),
+    (
+        "warps add at once",
+        TENSOR,
+        "      store(at, sum);\n    }\n    __syncthreads();",
+        "      store(at, sum);\n    }",
+        "edit",
+    ),
     ("l of the wrong bank", SCALE, "t.bank = task < 0 || task >= a.s.K ? 0 : task;", "t.bank = 0;", "scale"),
-    ("a tile's last row is skipped", SCALE, "t.last = smaller(row + ROWS, (group + 1) * a.group);", "t.last = smaller(row + ROWS - 1, (group + 1) * a.group);", "scale"),
+    (
+        "a tile's last row is skipped",
+        SCALE,
+        "t.last = smaller(row + ROWS, (group + 1) * a.group);",
+        "t.last = smaller(row + ROWS - 1, (group + 1) * a.group);",
+        "scale",
+    ),
     ("the slope without its second term", SCALE, "sigmoid * (1 + x * (1 - sigmoid))", "sigmoid", "scale"),
     ("a run of equal ids is cut short", NOISE, "id_of(n) == id;", "false;", "noise"),
-    ("noise contracted, not rounded twice", NOISE, "__fadd_rn(x.at[i + k], __fmul_rn(amount, eps.at[k]))", "fmaf(amount, eps.at[k], x.at[i + k])", "noise"),
+    (
+        "noise contracted, not rounded twice",
+        NOISE,
+        "__fadd_rn(x.at[i + k], __fmul_rn(amount, eps.at[k]))",
+        "fmaf(amount, eps.at[k], x.at[i + k])",
+        "noise",
+    ),
     ("the padded length sets the noise", NOISE, "float(larger(length, 1) * a.C)", "float(a.T * a.C)", "noise"),
 ]
 
 
 def survives(library: Path, prefix: str) -> None:
-    """In a process of its own, which a mutant may crash: exits with 0 if every check passes in every order of threads."""
+    """In a process of its own, which a mutant may crash: exits with 0 if all checks pass in every order of threads."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     try:
         for order in ("forward", "reverse", "random"):
@@ -84,13 +205,18 @@ def mutate(folder: Path, file: str, old: str, new: str) -> Path:
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     path = folder / "csrc/cuda" / file
     text = path.read_text()
-    assert text.count(old) == 1, f"{file} has {text.count(old)} of {old!r}, not one: bring the list of mutants up to date"
+    assert text.count(old) == 1, (
+        f"{file} has {text.count(old)} of {old!r}, not one: bring the list of mutants up to date"
+    )
     path.write_text(text.replace(old, new))
     return folder / "csrc"
 
 
-@pytest.mark.parametrize("what, file, old, new, checks", QUICK + [pytest.param(*m, marks=pytest.mark.slow) for m in SLOW],
-                         ids=[m[0] for m in QUICK + SLOW])
+@pytest.mark.parametrize(
+    "what, file, old, new, checks",
+    QUICK + [pytest.param(*m, marks=pytest.mark.slow) for m in SLOW],
+    ids=[m[0] for m in QUICK + SLOW],
+)
 def test_a_wrong_kernel_fails_the_suite(tmp_path, what, file, old, new, checks):
     library = build(mutate(tmp_path, file, old, new), ROOT / "build/mutants", "-O1")
     assert outcome(library, checks) != "survived", f"no check notices it: {what}"

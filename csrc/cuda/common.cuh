@@ -12,13 +12,15 @@
 #define MINIREFT_BACKEND emulated
 #define UNROLL
 #define UNROLL_BY(n)
-#define SITE , const char *file = __builtin_FILE(), int line = __builtin_LINE()  // the source line an access is counted at
+#define SITE \
+  , const char *file = __builtin_FILE(), int line = __builtin_LINE()  // the source line an access is counted at
 #define AT , file, line
 #define COUNT(what) (minireft::emulator::counting ? (void)minireft::emulator::kernel->what++ : (void)0)
 #define SHARED(T, name, count) T* name = (T*)minireft::emulator::shared_array((count) * sizeof(T), __FILE__, __LINE__)
 #define SHARED_DYNAMIC(T, name, count) SHARED(T, name, count)
 #define LAUNCH(kernel, grid, threads, shared_bytes, stream, ...) \
-  ((void)(stream), (void)(shared_bytes), minireft::emulator::launch(#kernel, grid, threads, [=] { kernel(__VA_ARGS__); }))
+  ((void)(stream), (void)(shared_bytes),                         \
+   minireft::emulator::launch(#kernel, grid, threads, [=] { kernel(__VA_ARGS__); }))
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -124,9 +126,10 @@ DEVICE Floats<V> all(float x) {
   return y;
 }
 
-// V parameters from row[c]; zeros from C on. Every lane of the warp calls; lanes that differ in BIT have the same row, and
-// the upper one's c is the lower one's plus V. Float parameters beside half-precision activations are 32 bytes a lane, two
-// accesses that would use half of each sector: so the two lanes read their 64 bytes in sector-wide pieces, and then swap.
+// V parameters from row[c]; zeros from C on. Every lane of the warp calls; lanes that differ in BIT have the same row,
+// and the upper one's c is the lower one's plus V. Float parameters beside half-precision activations are 32 bytes a
+// lane, two accesses that would use half of each sector: so the two lanes read their 64 bytes in sector-wide pieces,
+// and then swap.
 template <int V, int BIT = 1, class W>
 DEVICE Floats<V> load_parameters(const W* row, int64_t c, int64_t C SITE) {
   if constexpr (V * sizeof(W) <= 16) {
@@ -149,8 +152,8 @@ DEVICE Floats<V> load_parameters(const W* row, int64_t c, int64_t C SITE) {
 // ---- sums in a fixed order -----------------------------------------------------------------------------------------
 
 // Sums N numbers over the lanes that differ in the bits BIT … LOW of their index. At each step a lane keeps half of its
-// numbers and gives the rest to its partner: N − 1 shuffles where summing one after another takes 5 N. In the end a lane
-// holds N · LOW / (2 · BIT) sums (at least one), those at its bits' place in the list.
+// numbers and gives the rest to its partner: N − 1 shuffles where summing one after another takes 5 N. In the end a
+// lane holds N · LOW / (2 · BIT) sums (at least one), those at its bits' place in the list.
 template <int N, int BIT, int LOW, int ALLOCATED>
 DEVICE void scatter_sum(float (&v)[ALLOCATED]) {
   if constexpr (BIT >= LOW) {
@@ -169,12 +172,11 @@ DEVICE int64_t at(const Index& index, int64_t b, int64_t p SITE) {
   return load(index.data + b * index.stride_b + p * index.stride_p AT);
 }
 
-// out[k, i] = Σ over s < count of partial[s · stride + i], of the s whose batch row s / per_row has task k (all, without
-// tasks).
-// A block sums 32 · E columns, warp w the s = w, w + 8, …; the warps' sums are added in order.
+// out[k, i] = Σ over s < count of partial[s · stride + i], of the s whose batch row s / per_row has task k (all,
+// without tasks). A block sums 32 · E columns, warp w the s = w, w + 8, …; the warps' sums are added in order.
 template <class O, int E>
-__global__ void __launch_bounds__(THREADS)
-    sum_partials(const float* partial, int64_t count, int64_t stride, int64_t width, O* out, Index tasks, int64_t per_row) {
+__global__ void __launch_bounds__(THREADS) sum_partials(const float* partial, int64_t count, int64_t stride,
+                                                        int64_t width, O* out, Index tasks, int64_t per_row) {
   SHARED(float, sums, WARPS * 32 * E);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t i = (int64_t(blockIdx.x) * 32 + lane) * E;
@@ -220,9 +222,11 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 template <class O>
 const char* launch_sum_partials(const float* partial, int64_t count, int64_t stride, int64_t width, O* out, int64_t K,
                                 Index tasks, int64_t per_row, void* stream) {
-  const bool wide = width % 4 == 0 && aligned(partial, stride * 4) && reinterpret_cast<uintptr_t>(out) % (4 * sizeof(O)) == 0;
+  const bool wide =
+      width % 4 == 0 && aligned(partial, stride * 4) && reinterpret_cast<uintptr_t>(out) % (4 * sizeof(O)) == 0;
   const dim3 grid((width + (wide ? 128 : 32) - 1) / (wide ? 128 : 32), K);
-  if (wide) return LAUNCH((sum_partials<O, 4>), grid, THREADS, 0, stream, partial, count, stride, width, out, tasks, per_row);
+  if (wide)
+    return LAUNCH((sum_partials<O, 4>), grid, THREADS, 0, stream, partial, count, stride, width, out, tasks, per_row);
   return LAUNCH((sum_partials<O, 1>), grid, THREADS, 0, stream, partial, count, stride, width, out, tasks, per_row);
 }
 

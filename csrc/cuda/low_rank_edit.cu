@@ -1,6 +1,6 @@
-// out = h + Aᵀ(D h + b) on rows of h, at chosen positions or on all, and its gradients; see csrc/launchers.h for the rules.
+// out = h + Aᵀ(D h + b) on rows of h, at chosen positions or on all, and its gradients; csrc/launchers.h has the rules.
 // Compile with nvcc for a GPU, or with g++ -x c++ -DMINIREFT_EMULATOR. It has run in the emulator only, on no GPU yet.
-// You should see each row read once and written once; of the rest, D and A live in L2. N rows, C width, r rank, K banks.
+// You should see each row read once and written once; D and A live in L2. N rows, C width, r rank, K banks.
 //
 // Forward and backward share a kernel: out = x + Qᵀ(P x + b) is the edit with P = D, Q = A, and the gradient of h,
 // dh = g + Dᵀ(A g), with P = A, Q = D, b = 0. The gradients of D and A are both sums of products over rows, Σ s xᵀ:
@@ -19,7 +19,9 @@ const char* too_large(const Edit& e) {
 }
 
 // Tensor cores serve half precision from rank 16 on, where one bank serves all rows.
-bool by_mma(const Edit& e) { return e.dtype != Dtype::f32 && e.r >= 16 && e.r <= MMA_MAX && !e.tasks.data && has_mma(); }
+bool by_mma(const Edit& e) {
+  return e.dtype != Dtype::f32 && e.r >= 16 && e.r <= MMA_MAX && !e.tasks.data && has_mma();
+}
 
 template <class T, class W>
 const char* launch_rows(const Rows& a, void* stream) {
@@ -59,8 +61,8 @@ const char* launch_products(const Products& a, int splits, void* stream) {
   return LAUNCH((sum_products<T, O, 1>), grid, THREADS, 0, stream, a);
 }
 
-// How the backward pass divides its N rows. Chunk by chunk, so that sum_products finds in L2 the g that edit_rows has just
-// read; with what both need again (D, A, the sums) that must fit. Where it cannot, one chunk, and g is read twice.
+// How the backward pass divides its N rows. Chunk by chunk, so that sum_products finds in L2 the g that edit_rows has
+// just read; with what both need again (D, A, the sums) that must fit. Where it cannot, one chunk, and g is read twice.
 struct Plan {
   int64_t chunk, sums;  // rows at a time; elements of dD, dA and db
   int splits;           // shares of a chunk's rows, to occupy the GPU: as many as add no more than 3 % to the traffic
@@ -89,7 +91,8 @@ int64_t low_rank_edit_workspace(const Edit& e) {
 const char* low_rank_edit(const Edit& e, const EditForward& f, void* stream) {
   TRY(too_large(e));
   Rows a{e, f.h, f.out, f.down, f.up, f.bias, f.rows, static_cast<float*>(f.delta), nullptr, 0, e.B * e.P};
-  return by_dtype(e.dtype, e.weight_dtype, [&](auto t, auto w) { return launch_rows<decltype(t), decltype(w)>(a, stream); });
+  return by_dtype(e.dtype, e.weight_dtype,
+                  [&](auto t, auto w) { return launch_rows<decltype(t), decltype(w)>(a, stream); });
 }
 
 const char* low_rank_edit_backward(const Edit& e, const EditBackward& f, void* stream) {
@@ -102,8 +105,8 @@ const char* low_rank_edit_backward(const Edit& e, const EditBackward& f, void* s
   float* sums = reinterpret_cast<float*>(space += padded(N * 8));
   Rows rows{e, f.g, f.dh, f.up, f.down, nullptr, nullptr, u, places, 0, N};
   const bool saved = f.rows != nullptr;
-  Products products{e, u, static_cast<const float*>(f.delta), places,
-                    saved ? Stream{const_cast<void*>(f.rows), e.P * e.C, e.C} : f.h, f.g, aligned(f.delta), saved, {}, {}, 0, 0, 0};
+  const Stream h = saved ? Stream{const_cast<void*>(f.rows), e.P * e.C, e.C} : f.h;
+  Products products{e, u, static_cast<const float*>(f.delta), places, h, f.g, aligned(f.delta), saved, {}, {}, 0, 0, 0};
   return by_dtype(e.dtype, e.weight_dtype, [&](auto t, auto w) -> const char* {
     using T = decltype(t);
     using W = decltype(w);
@@ -119,12 +122,13 @@ const char* low_rank_edit_backward(const Edit& e, const EditBackward& f, void* s
       const bool last = rows.end == N, direct = last && p.splits == 1;  // then the gradients are written here
       for (int i = 0; i < 3; i++) products.before[i] = n > 0 ? partial[i] : nullptr;
       for (int i = 0; i < 3; i++) products.out[i] = direct ? gradients[i] : static_cast<void*>(partial[i]);
-      TRY((direct ? launch_products<T, W>(products, 1, stream) : launch_products<T, float>(products, p.splits, stream)));
+      TRY((direct ? launch_products<T, W>(products, 1, stream)
+                  : launch_products<T, float>(products, p.splits, stream)));
     }
     const int64_t sizes[3] = {e.K * e.r * e.C, e.K * e.r * e.C, e.K * e.r};
     for (int i = 0; i < 3 && p.splits > 1; i++)
-      TRY(launch_sum_partials(partial[i], p.splits, products.split_stride, sizes[i], static_cast<W*>(gradients[i]), 1, {}, 1,
-                              stream));
+      TRY(launch_sum_partials(partial[i], p.splits, products.split_stride, sizes[i], static_cast<W*>(gradients[i]), 1,
+                              {}, 1, stream));
     return nullptr;
   });
 }

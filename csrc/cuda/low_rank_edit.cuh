@@ -1,5 +1,5 @@
-// The scalar kernels of low_rank_edit.cu: edits of rows and sums of products, for every rank, width, dtype and alignment.
-// Included by low_rank_edit.cu, which says what is computed; tensor_cores.cuh has the same for half precision and r ≥ 16.
+// The scalar kernels of low_rank_edit.cu, for every rank, width, dtype and alignment: edits of rows, sums of products.
+// Included by low_rank_edit.cu, which says what is computed; tensor_cores.cuh has the same for half precision, r ≥ 16.
 // You should see two kernels: edit_rows, forward and half of the backward pass, and sum_products, the other half.
 #pragma once
 #include "common.cuh"
@@ -10,7 +10,8 @@ namespace {
 constexpr int RANKS = 8;          // ranks a thread sums at once
 constexpr int MAX_RANK = 2048;    // δ of a block's rows fits in 48 KB of shared memory
 constexpr int LANES = 8;          // lanes side by side along C in sum_products: 128 bytes of a row
-constexpr int GROUPS = THREADS / LANES, CHUNK = 128;  // groups of lanes on different rows; rows whose factors are staged
+constexpr int GROUPS = THREADS / LANES;  // groups of lanes on different rows
+constexpr int CHUNK = 128;               // rows whose factors are staged at once
 
 struct Rows {
   Edit e;
@@ -22,8 +23,9 @@ struct Rows {
   int64_t begin, end;                 // the rows of this launch
 };
 
-// Where a block's R rows lie: for row begin + i the token or −1, the batch row, and the bank or −1 if the task names none.
-// Eight lanes look at a row; the first warps do it (R ≤ 4: the first; R = 32: all eight), the caller synchronises.
+// Where a block's R rows lie: for row begin + i the token or −1, the batch row, and the bank or −1 if the task names
+// none. Eight lanes look at a row; the first warps do it (R ≤ 4: the first; R = 32: all eight), the caller
+// synchronises.
 template <int R>
 DEVICE void locate(const Rows& a, int64_t begin, int64_t* tokens, int64_t* batch, int64_t* banks) {
   const int i = threadIdx.x / 8;
@@ -54,8 +56,8 @@ DEVICE T* row_of(const Stream& s, int64_t b, int64_t token) {
   return s.data && token >= 0 ? static_cast<T*>(s.data) + b * s.batch_stride + token * s.token_stride : nullptr;
 }
 
-// A block edits R rows: sums P x over the columns, 8 ranks at a time; then adds Qᵀ of that to x, read a second time from
-// L1. With tasks R = 1, since each row has its own bank. Threads are at most 256, one for each V columns.
+// A block edits R rows: sums P x over the columns, 8 ranks at a time; then adds Qᵀ of that to x, read a second time
+// from L1. With tasks R = 1, since each row has its own bank. Threads are at most 256, one for each V columns.
 template <class T, class W, int V, int R>
 __global__ void __launch_bounds__(THREADS, 1) edit_rows(Rows a) {
   SHARED(float, partial, WARPS * R * RANKS);
@@ -94,8 +96,10 @@ __global__ void __launch_bounds__(THREADS, 1) edit_rows(Rows a) {
       UNROLL for (int j = 0; j < RANKS; j++) {
         if (j0 + j >= r) break;
         Floats<V> p = load_parameters<V>(first + (j0 + j) * C, c, C);
-        UNROLL for (int i = 0; i < R; i++)
-          UNROLL for (int v = 0; v < V; v++) sum[i * RANKS + j] = multiply_add(row[i].at[v], p.at[v], sum[i * RANKS + j]);
+        UNROLL for (int i = 0; i < R; i++) {
+          float& s = sum[i * RANKS + j];
+          UNROLL for (int v = 0; v < V; v++) s = multiply_add(row[i].at[v], p.at[v], s);
+        }
       }
     }
     constexpr int N = R * RANKS;
@@ -147,11 +151,11 @@ DEVICE int64_t share_of(const Products& a, int64_t split) {  // where a split's 
   return smaller(a.begin + split * ((a.end - a.begin + gridDim.y - 1) / gridDim.y), a.end);
 }
 
-// Brings to shared memory what CHUNK rows from n0 need: RANKS_HERE of their factors s, STRIDE apart, and where their x lies
-// (−1: not edited, or not this bank's, or beyond the end).
+// Brings to shared memory what CHUNK rows from n0 need: RANKS_HERE of their factors s, STRIDE apart, and where their x
+// lies (−1: not edited, or not this bank's, or beyond the end).
 template <int RANKS_HERE, int STRIDE>
-DEVICE void stage(const Products& a, int job, int64_t bank, int j0, int64_t n0, int64_t end, const Stream& x, float* factors,
-                  int64_t* offsets) {
+DEVICE void stage(const Products& a, int job, int64_t bank, int j0, int64_t n0, int64_t end, const Stream& x,
+                  float* factors, int64_t* offsets) {
   const float* s = job == 1 ? a.delta : a.u;
   const int r = a.e.r;
   for (int i = threadIdx.x; i < CHUNK * RANKS_HERE / 4; i += THREADS) {  // four ranks of a row each
@@ -188,11 +192,13 @@ DEVICE void write_sum(const Products& a, int job, int64_t bank, int rank, int64_
 }
 
 // Σ s xᵀ over rows, into dD (job 0: s = u, x = h), dA (job 1: s = δ, x = g) or db (job 2: s = u, x = 1).
-// A block owns 8 ranks × 8 V columns of one job of one bank, and one share of the rows (split); it writes float sums to be
-// added by sum_partials, or the gradient itself. 32 groups of 8 lanes take different rows; their sums are added in order.
+// A block owns 8 ranks × 8 V columns of one job of one bank, and one share of the rows (split); it writes float sums to
+// be added by sum_partials, or the gradient itself. 32 groups of 8 lanes take different rows; their sums are added in
+// order.
 template <class T, class O, int V>
 __global__ void __launch_bounds__(THREADS) sum_products(Products a) {
-  constexpr int E = V < 4 ? V : 4, H = V / E, JG = RANKS / 4;  // numbers in a shared access; accesses and ranks of a lane
+  constexpr int E = V < 4 ? V : 4, H = V / E,
+                JG = RANKS / 4;  // numbers in a shared access; accesses and ranks of a lane
   SHARED(float, sums, WARPS * RANKS * LANES * V);
   SHARED(float, factors, CHUNK * RANKS);
   SHARED(int64_t, offsets, CHUNK);
@@ -231,7 +237,8 @@ __global__ void __launch_bounds__(THREADS) sum_products(Products a) {
     store(sums + ((warp * JG * H + i / E) * 32 + lane) * E, some);
   }
   __syncthreads();
-  // Of the 8 warps' sums a thread adds E columns: chosen so that a warp writes whole sectors and reads without conflicts.
+  // Of the 8 warps' sums a thread adds E columns: chosen so that a warp writes whole sectors and reads without
+  // conflicts.
   const int column_part = threadIdx.x / LANES % H, j = threadIdx.x / (LANES * H);
   const int64_t to = column + q * V + column_part * E;
   if (j >= RANKS || j0 + j >= r || to >= C) return;

@@ -2,8 +2,9 @@
 // Compile with nvcc for a GPU, or with g++ -x c++ -DMINIREFT_EMULATOR. It has run in the emulator only, on no GPU yet.
 // You should see the reference's bits for uniform noise, since every operation rounds by itself and in its order.
 //
-// A warp takes a token: it reads the id once, then gathers, draws and adds along the row. The gradient takes tokens sorted by
-// id: where a run of equal ids starts, a warp sums the run in its order, so the same input gives the same bits.
+// A warp takes a token: it reads the id once, then gathers, draws and adds along the row. The gradient takes tokens
+// sorted by id: where a run of equal ids starts, a warp sums the run in its order, so the same input gives the same
+// bits.
 #include "common.cuh"
 
 namespace minireft::MINIREFT_BACKEND {
@@ -61,7 +62,10 @@ __global__ void __launch_bounds__(THREADS) noisy_rows(Noise a, NoiseForward f) {
       UNROLL for (int i = 0; i < V; i += 4) {
         const Floats<4> eps = noise<NORMAL>(row, index, uint32_t((c + i) / 4), k0, k1);
         if constexpr (V == 1) {
-          x.at[0] = __fadd_rn(x.at[0], __fmul_rn(amount, c % 4 == 0 ? eps.at[0] : c % 4 == 1 ? eps.at[1] : c % 4 == 2 ? eps.at[2] : eps.at[3]));
+          x.at[0] = __fadd_rn(x.at[0], __fmul_rn(amount, c % 4 == 0   ? eps.at[0]
+                                                         : c % 4 == 1 ? eps.at[1]
+                                                         : c % 4 == 2 ? eps.at[2]
+                                                                      : eps.at[3]));
         } else {
           UNROLL for (int k = 0; k < 4; k++) x.at[i + k] = __fadd_rn(x.at[i + k], __fmul_rn(amount, eps.at[k]));
         }

@@ -215,13 +215,14 @@ const char* scale(const Scale& s, const ScaleForward* f, int count, void* stream
 const char* scale_backward(const Scale& s, const ScaleBackward* f, int count, void* stream) {
   Jobs a = jobs_of(s);
   for (int i = 0; i < count; i++)
-    a.of[i] = {f[i].C, f[i].x, f[i].up, f[i].g, f[i].dx, f[i].dup, f[i].l, f[i].dl ? static_cast<float*>(f[i].workspace) : nullptr};
+    a.of[i] = {f[i].C,  f[i].x,   f[i].up, f[i].g,
+               f[i].dx, f[i].dup, f[i].l,  f[i].dl ? static_cast<float*>(f[i].workspace) : nullptr};
   TRY(launch(a, count, true, stream));
   return by_dtype(s.dtype, s.weight_dtype, [&](auto, auto w) -> const char* {
     for (int i = 0; i < count; i++)
       if (f[i].dl && f[i].C > 0)
-        TRY(launch_sum_partials(a.of[i].dl, tiles_of(a), f[i].C, f[i].C, static_cast<decltype(w)*>(f[i].dl), s.tasks.data ? s.K : 1,
-                                s.tasks, larger(a.tiles, 1), stream));
+        TRY(launch_sum_partials(a.of[i].dl, tiles_of(a), f[i].C, f[i].C, static_cast<decltype(w)*>(f[i].dl),
+                                s.tasks.data ? s.K : 1, s.tasks, larger(a.tiles, 1), stream));
     return nullptr;
   });
 }

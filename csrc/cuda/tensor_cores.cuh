@@ -1,11 +1,11 @@
-// The tensor-core kernels of low_rank_edit.cu: half precision and r ≥ 16, same results as low_rank_edit.cuh within rounding.
-// Included by low_rank_edit.cu. The fragment layouts are the PTX manual's, cited in csrc/emulator/cuda_on_cpu.h.
-// You should see mma.sync.aligned.m16n8k16 as the only arithmetic on rows. It has run in the emulator only, on no GPU yet.
+// The tensor-core kernels of low_rank_edit.cu: half precision and r ≥ 16, the same results within rounding.
+// Included by low_rank_edit.cu; fragment layouts as cited in csrc/emulator/cuda_on_cpu.h. Emulator only, on no GPU yet.
+// You should see mma.sync.aligned.m16n8k16 as the only arithmetic on rows.
 //
-// A product of matrices does not care in which order k runs, nor which column of the result is called n: both are chosen so
-// that each lane loads 16 contiguous bytes and the accumulators of one product are the operand of the next, with no transpose
-// through shared memory. Numbers in float (δ, u, and D and A when they are float) enter as two halves, high + low, whose
-// products are added: the result is as good as with float operands, to about 2⁻¹⁶.
+// A product of matrices does not care in which order k runs, nor which column of the result is called n: both are
+// chosen so that each lane loads 16 contiguous bytes and the accumulators of one product are the operand of the next,
+// with no transpose through shared memory. Numbers in float (δ, u, and D and A when they are float) enter as two
+// halves, high + low, whose products are added: the result is as good as with float operands, to about 2⁻¹⁶.
 #pragma once
 #include <cstring>
 #include <type_traits>
@@ -28,13 +28,15 @@ DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] SI
   emulator::mma<T>(c, a, b, wide AT);
 #elif __CUDA_ARCH__ >= 800  // the launcher does not come here on older ones
   if constexpr (std::is_same<T, bf16>::value)
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   else
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
 }
 
@@ -74,8 +76,8 @@ DEVICE void add_warps(float* sums, const float (&mine)[UNITS][4]) {
   }
 }
 
-// edit_rows for 32 rows: δ (32, r) = x Pᵀ by the warps on different columns, then x + δ Q by the warps on different columns.
-// With g = lane / 4 and t = lane % 4 a lane holds rows g, g + 8, g + 16 and g + 24. No tasks.
+// edit_rows for 32 rows: δ (32, r) = x Pᵀ by the warps on different columns, then x + δ Q by the warps on different
+// columns. With g = lane / 4 and t = lane % 4 a lane holds rows g, g + 8, g + 16 and g + 24. No tasks.
 template <class T, class W>
 __global__ void __launch_bounds__(THREADS, 1) edit_rows_mma(Rows a) {
   constexpr bool exact = std::is_same<T, W>::value;  // P and Q are halves already
@@ -108,7 +110,8 @@ __global__ void __launch_bounds__(THREADS, 1) edit_rows_mma(Rows a) {
         const int rank = j0 + 8 * j + g;
         const Floats<8> p = load_parameters<8>(first + rank * C, c, rank < r ? C : 0);
         UNROLL for (int step = 0; step < 2; step++) {
-          const Split b0 = split<T>(p.at[4 * step], p.at[4 * step + 1]), b1 = split<T>(p.at[4 * step + 2], p.at[4 * step + 3]);
+          const Split b0 = split<T>(p.at[4 * step], p.at[4 * step + 1]),
+                      b1 = split<T>(p.at[4 * step + 2], p.at[4 * step + 3]);
           UNROLL for (int m = 0; m < 2; m++) {
             const uint32_t k[4] = {row[2 * m].at[2 * step], row[2 * m + 1].at[2 * step], row[2 * m].at[2 * step + 1],
                                    row[2 * m + 1].at[2 * step + 1]};
@@ -142,10 +145,11 @@ __global__ void __launch_bounds__(THREADS, 1) edit_rows_mma(Rows a) {
 
   T* out[4];
   UNROLL for (int i = 0; i < 4; i++) out[i] = row_of<T>(a.out, load(batch + 8 * i + g), load(tokens + 8 * i + g));
-  // Column n of tile j is c0 + 8 β(n) + j, β(n) = n / 2 + 4 (n % 2): a lane loads 8 columns of Q for as many tiles, and of
-  // the result, whose columns it holds are n = 2t and 2t + 1, has 8 contiguous columns twice.
+  // Column n of tile j is c0 + 8 β(n) + j, β(n) = n / 2 + 4 (n % 2): a lane loads 8 columns of Q for as many tiles, and
+  // of the result, whose columns it holds are n = 2t and 2t + 1, has 8 contiguous columns twice.
   for (int64_t c0 = warp * 64; c0 < C; c0 += WARPS * 64) {
-    float sum[16][4];  // tile (m, j) at m · 8 + j; element 2 · half + k: row 16 m + 8 half + g, column c0 + 32 k + 8 t + j
+    // Tile (m, j) at m · 8 + j; its element 2 · half + k: row 16 m + 8 half + g, column c0 + 32 k + 8 t + j.
+    float sum[16][4];
     UNROLL for (int i = 0; i < 4; i++)
       UNROLL for (int k = 0; k < 2; k++) {
         const int64_t c = c0 + 32 * k + 8 * t;
@@ -232,11 +236,13 @@ __global__ void __launch_bounds__(THREADS, 1) sum_products_mma(Products a) {
     UNROLL for (int k = 0; k < 4; k++) order[u][k] = sum[u / 8 * 8 + u % 2 * 4 + k][u / 2 % 4];
   __syncthreads();
   add_warps(sums, order);
-  for (int i = threadIdx.x; i < 16 * 32; i += THREADS) {  // a warp takes eight ranks' 128 bytes: whole sectors, no conflicts
+  // A warp takes eight ranks' 128 bytes: whole sectors, no conflicts.
+  for (int i = threadIdx.x; i < 16 * 32; i += THREADS) {
     const int h = i / 8 % 2, me = i / 64, holder = i / 16 % 4 * 8 + i % 8, e = me % 4;
     const int rank = j0 + me / 4 * 16 + holder / 4 + e / 2 * 8;
     const int64_t to = column + 8 * (holder % 4 + e % 2 * 4) + 4 * h;
-    if (rank < r && to < C) write_sum<O, 4>(a, job, 0, rank, C, to, widen(load<4>(sums + ((me * 2 + h) * 32 + holder) * 4)));
+    if (rank < r && to < C)
+      write_sum<O, 4>(a, job, 0, rank, C, to, widen(load<4>(sums + ((me * 2 + h) * 32 + holder) * 4)));
   }
 }
 

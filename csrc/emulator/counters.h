@@ -15,8 +15,8 @@ namespace minireft::emulator {
 
 constexpr int SECTOR = 32, BANKS = 32;
 
-// Least-recently-used cache of 32-byte sectors in front of device memory, the model behind `bytes`: empty at the start; a
-// read that misses moves a sector in; a written sector moves out when it is evicted, or at the end. Reads of a sector
+// Least-recently-used cache of 32-byte sectors in front of device memory, the model behind `bytes`: empty at the start;
+// a read that misses moves a sector in; a written sector moves out when it is evicted, or at the end. Reads of a sector
 // that is only partly written are not modelled (L2 keeps byte masks), and there is no L1: blocks run one after another.
 class Cache {
  public:
@@ -169,18 +169,21 @@ inline void count_warp(std::vector<Access>* lanes, int count) {
 }
 
 inline std::string report() {
-  auto number = [](const char* name, int64_t value) { return "\"" + std::string(name) + "\": " + std::to_string(value); };
+  auto number = [](const char* name, int64_t value) {
+    return "\"" + std::string(name) + "\": " + std::to_string(value);
+  };
   std::string out = "{" + number("bytes", l2.moved()) + ", \"kernels\": [";
   for (auto& [name, k] : kernels) {
-    out += std::string(out.back() == '[' ? "" : ", ") + "{\"name\": \"" + name + "\", " + number("launches", k.launches) + ", " +
-           number("blocks", k.blocks) + ", " + number("threads", k.threads) + ", " + number("barriers", k.barriers) + ", " +
-           number("shuffles", k.shuffles) + ", " + number("mma", k.mma) + ", " + number("fma", k.fma) + ", " +
-           number("special", k.special) + ", \"sites\": [";
+    out += std::string(out.back() == '[' ? "" : ", ") + "{\"name\": \"" + name + "\", " +
+           number("launches", k.launches) + ", " + number("blocks", k.blocks) + ", " + number("threads", k.threads) +
+           ", " + number("barriers", k.barriers) + ", " + number("shuffles", k.shuffles) + ", " + number("mma", k.mma) +
+           ", " + number("fma", k.fma) + ", " + number("special", k.special) + ", \"sites\": [";
     for (auto& [where, s] : k.sites) {
       auto& [file, line, store, shared] = where;
       out += std::string(out.back() == '[' ? "" : ", ") + "{\"file\": \"" + file + "\", " + number("line", line) +
-             ", " + number("store", store) + ", " + number("shared", shared) + ", " + number("instructions", s.instructions) +
-             ", " + number("bytes", s.bytes) + ", " + number("sectors", s.sectors) + ", " + number("fetched", s.fetched) + ", " + number("full", s.full) + ", " +
+             ", " + number("store", store) + ", " + number("shared", shared) + ", " +
+             number("instructions", s.instructions) + ", " + number("bytes", s.bytes) + ", " +
+             number("sectors", s.sectors) + ", " + number("fetched", s.fetched) + ", " + number("full", s.full) + ", " +
              number("conflicts", s.conflicts) + "}";
     }
     out += "]}";

@@ -1,6 +1,6 @@
-// CUDA on a CPU: the vocabulary that csrc/cuda/*.cu uses, so that the same sources compile with g++ alone and run thread by
-// thread. Compile a .cu with `g++ -x c++ -std=c++17 -DMINIREFT_EMULATOR`; README.md here shows how to step through one.
-// You should see the reference's numbers in every thread order; a divergent barrier or a misaligned access is an error.
+// CUDA on a CPU: the vocabulary of csrc/cuda/*.cu, so that the same sources compile with g++ and run thread by thread.
+// Compile a .cu with `g++ -x c++ -std=c++17 -DMINIREFT_EMULATOR`; README.md here shows how to step through one.
+// You should see the reference's numbers in every order; a divergent barrier or a misaligned access is an error.
 #pragma once
 #include <cmath>
 #include <cstdio>
@@ -75,8 +75,8 @@ inline std::function<void()> run_thread;
 inline std::mutex one_launch_at_a_time;
 
 inline std::string place(const Thread& t) {
-  return "thread " + std::to_string(t.id) + " of block (" + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) +
-         ", " + std::to_string(blockIdx.z) + ")";
+  return "thread " + std::to_string(t.id) + " of block (" + std::to_string(blockIdx.x) + ", " +
+         std::to_string(blockIdx.y) + ", " + std::to_string(blockIdx.z) + ")";
 }
 
 inline void pause(State state) {
@@ -124,7 +124,7 @@ inline int meet_block(int predicate, const char* file, int line) {
   if (++block.waiting == int(block.threads.size())) {
     for (Thread& t : block.threads)
       if (t.line != line)
-        return fail("divergent barrier: " + place(t) + " is at line " + std::to_string(t.line) + ", another", file, line), 0;
+        return fail("divergent barrier: " + place(t) + " is at line " + std::to_string(t.line), file, line), 0;
     block.waiting = 0, block.turn ^= 1, block.any[block.turn] = 0;
     if (counting) {
       kernel->barriers++;
@@ -204,10 +204,12 @@ inline void run_block() {
         if (t.state != State::done && !waits) waits = &t;
         if (t.state == State::done || (waits && t.line != waits->line)) missing = &t;
       }
-      block.error = std::string("divergent barrier: ") + place(*waits) + " waits at " + waits->what + ", " + waits->file + ":" +
-                    std::to_string(waits->line) + ", which " + (missing ? place(*missing) : "another lane") +
-                    (missing && missing->state != State::done ? " does not reach: it waits at line " + std::to_string(missing->line)
-                                                              : " never reaches");
+      block.error = std::string("divergent barrier: ") + place(*waits) + " waits at " + waits->what + ", " +
+                    waits->file + ":" + std::to_string(waits->line) + ", which " +
+                    (missing ? place(*missing) : "another lane") +
+                    (missing && missing->state != State::done
+                         ? " does not reach: it waits at line " + std::to_string(missing->line)
+                         : " never reaches");
       return;
     }
   }
@@ -272,16 +274,19 @@ T shuffle(T value, int from, const char* file, int line) {
   return Exchange<T>(value, "a shuffle", file, line).of(from & (WARP - 1));
 }
 
-// mma.sync.aligned.m16n8k16.row.col: c (16, 8) += a (16, 16) b (16, 8), a and b half precision, two to a register, low first.
-// Fragments (PTX ISA 8.7, 9.7.14.5.8, "Matrix Fragments for mma.m16n8k16 with floating point type"), with group = lane / 4
-// and t = lane % 4:  a's element i: row group + 8·[i & 2], column 2t + (i & 1) + 8·[i ≥ 4];
-// b's: row 2t + (i & 1) + 8·[i ≥ 2], column group;  c's: row group + 8·[i ≥ 2], column 2t + (i & 1).
+// mma.sync.aligned.m16n8k16.row.col: c (16, 8) += a (16, 16) b (16, 8); a and b half precision, two a register, low first.
+// Fragments by the PTX manual (PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type"), with
+// group = lane / 4 and t = lane % 4, element i of a lane's:
+//   a  row group + 8·[i & 2 ≠ 0], column 2t + (i & 1) + 8·[i ≥ 4]
+//   b  row 2t + (i & 1) + 8·[i ≥ 2], column group
+//   c  row group + 8·[i ≥ 2], column 2t + (i & 1)
 struct Fragments {
   float a[8], b[4];
 };
 
 template <class Half>
-void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float (*wide)(Half), const char* file, int line) {
+void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float (*wide)(Half), const char* file,
+         int line) {
   auto number = [&](uint32_t word, int high) {
     uint16_t bits = uint16_t(word >> 16 * high);
     Half h;

@@ -9,12 +9,16 @@ namespace emulated = minireft::emulated;
 namespace emulator = minireft::emulator;
 using namespace minireft;
 
-EXPORT const char* emulated_low_rank_edit(const Edit* e, const EditForward* f) { return emulated::low_rank_edit(*e, *f, nullptr); }
+EXPORT const char* emulated_low_rank_edit(const Edit* e, const EditForward* f) {
+  return emulated::low_rank_edit(*e, *f, nullptr);
+}
 EXPORT const char* emulated_low_rank_edit_backward(const Edit* e, const EditBackward* f) {
   return emulated::low_rank_edit_backward(*e, *f, nullptr);
 }
 EXPORT int64_t emulated_low_rank_edit_workspace(const Edit* e) { return emulated::low_rank_edit_workspace(*e); }
-EXPORT const char* emulated_scale(const Scale* s, const ScaleForward* f, int count) { return emulated::scale(*s, f, count, nullptr); }
+EXPORT const char* emulated_scale(const Scale* s, const ScaleForward* f, int count) {
+  return emulated::scale(*s, f, count, nullptr);
+}
 EXPORT const char* emulated_scale_backward(const Scale* s, const ScaleBackward* f, int count) {
   return emulated::scale_backward(*s, f, count, nullptr);
 }

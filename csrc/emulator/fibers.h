@@ -1,5 +1,5 @@
 // Fibers: many stacks in one thread of the machine, switched by hand, so that a block's threads can run in any order.
-// Used by cuda_on_cpu.h alone. A switch on x86-64 is fourteen instructions; elsewhere <ucontext.h>, a hundred times slower.
+// Used by cuda_on_cpu.h alone. A switch on x86-64 is fifteen instructions; elsewhere <ucontext.h>, which is slower.
 // In gdb you should see a fiber's own backtrace, which ends at start_fiber.
 #pragma once
 #include <cstddef>
