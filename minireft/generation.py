@@ -118,9 +118,8 @@ def generate(model: Model, tokenizer, prompts: list[str], max_new_tokens: int = 
 
     temperature 0 is greedy; top_p in (0, 1] keeps the likeliest tokens that hold that probability together; `seed` makes
     a draw repeatable; beams above 1 search for the continuation of the highest mean log-likelihood a token; tasks (B,) as
-    in `Model.forward`. A row ends at the end of text or where its context is full (a
-    search: where that of its longest prompt is). Raises ValueError for an empty prompt,
-    one that fills the context, and settings out of range.
+    in `Model.forward`. A row ends at the end of text or where its context is full (a search: where that of its longest
+    prompt is). Raises ValueError for an empty prompt, one that fills the context, and settings out of range.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: expected at least 1")
