@@ -197,7 +197,7 @@ def test_a_loss_that_is_not_finite(tiny_base, tmp_path, capsys):
     settings = [*TUNE, "--base", str(tiny_base), "--method", "full", "--steps", "100", "--out", str(tmp_path / "run")]
     assert main([*settings, "--lr", "1e30"]) == 1
     said = capsys.readouterr().err
-    assert one_line(said) and re.search(r"the loss became (nan|inf) at step \d+: lower the learning rate", said)
+    assert one_line(said) and re.search(r"the loss became .*(nan|inf).* at step \d+: lower the learning rate", said)
     assert not (tmp_path / "run" / "base").exists()
     model, _ = minireft.load(tiny_base)
     assert all(p.isfinite().all() for p in model.parameters())            # the base's files are as they were
