@@ -86,14 +86,16 @@ void dots(const T* const* x, int64_t rows, const wide<T>* W, int64_t C, int64_t 
   });
 }
 
-// out[i][c] = x[i][c] + Σ_k f[i][k] W[k][c] for R rows and V vectors of columns.
+// out[i][c] = x[i][c] + Σ_k f[i][k] W[k][c] for R rows and V vectors of columns. Meanwhile the rows that come next, if any,
+// are asked into the second-level cache: memory would have nothing to do otherwise.
 template <class T, int R, int V, class Load, class Store>
 inline __attribute__((always_inline)) void add_block(const T* const* x, T* const* out, const wide<T>* f, const wide<T>* W,
-                                                     int64_t C, int64_t r, int64_t c, Load load, Store store, const T* const* next) {
+                                                     int64_t C, int64_t r, int64_t c, Load load, Store store,
+                                                     const T* const* next) {
   vec<T> acc[R][V];
   if (next)
     for (int i = 0; i < R; ++i)
-      for (int v = 0; v < V; v += 64 / (lanes<T> * sizeof(T))) __builtin_prefetch(next[i] + c + v * lanes<T>,0,2);
+      for (int v = 0; v < V; v += 64 / (lanes<T> * sizeof(T))) __builtin_prefetch(next[i] + c + v * lanes<T>, 0, 2);
   for (int i = 0; i < R; ++i)
     for (int v = 0; v < V; ++v) acc[i][v] = load(x[i] + c + v * lanes<T>);
   for (int64_t k = 0; k < r; ++k) {
@@ -159,7 +161,7 @@ void gradients(const T* const* g, const T* const* h, T* const* dh, const wide<T>
   });
 }
 
-// A weight in the arithmetic's type: itself, or a converted copy, rows padded to `stride`.
+// A weight in the arithmetic's type: itself, or a converted copy.
 template <class F>
 struct Wide {
   std::vector<F> copy;
@@ -185,7 +187,7 @@ void forward(const Edit& e, const EditForward& f) {
   const std::vector<Group> groups = group_rows(e);
   if (f.delta && (e.positions.data || e.tasks.data)) std::fill_n((F*)f.delta, N * r, F(0));
   // Four rows at a time while D and A fit in a core's cache, otherwise more rows share one reading of them.
-  const int64_t tile = 2 * r * C * sizeof(F) <= (512 << 10) ? 4 : 16, width = VECTORS * lanes<T>;
+  const int64_t tile = 2 * r * C * sizeof(F) <= (512 << 10) ? ROWS : 16, width = VECTORS * lanes<T>;
   for (const Group& group : groups) {
     const F *down = D.data + group.bank * r * C, *up = A.data + group.bank * r * C, *bias = b.data + group.bank * r;
     constexpr int64_t PIECE = 16;
@@ -195,7 +197,9 @@ void forward(const Edit& e, const EditForward& f) {
       for (int64_t begin = piece * PIECE; begin < end; begin += tile) {
         const T* x[PIECE];
         T* out[PIECE];
-        const int64_t rows = std::min(tile, end - begin);const T*next[4];for(int i=0;i<4;++i)next[i]=row<T>(e, f.h, group[std::min(begin + 4 + i, group.count - 1)]);
+        const T* next[ROWS];
+        const int64_t rows = std::min(tile, end - begin);
+        for (int i = 0; i < ROWS; ++i) next[i] = row<T>(e, f.h, group[std::min(begin + ROWS + i, group.count - 1)]);
         for (int64_t i = 0; i < rows; ++i) {
           const int64_t n = group[begin + i];
           x[i] = row<T>(e, f.h, n), out[i] = row<T>(e, f.out, n);
@@ -206,9 +210,10 @@ void forward(const Edit& e, const EditForward& f) {
           for (int64_t k = 0; k < r; ++k) delta[i * r + k] += bias[k];
           if (f.delta) std::copy_n(&delta[i * r], r, (F*)f.delta + group[begin + i] * r);
         }
-        for (int64_t c = 0; c < C; c += rows > 4 ? width : C)
+        const int64_t step = rows > ROWS ? width : C;
+        for (int64_t c = 0; c < C; c += step)
           in_groups<ROWS>(rows, [&](int64_t i, auto R) {
-            add_products<T, R>(x + i, out + i, &delta[i * r], up, C, r, c, rows > 4 ? std::min(c + width, C) : C, rows>4?nullptr:next);
+            add_products<T, R>(x + i, out + i, &delta[i * r], up, C, r, c, std::min(c + step, C), rows > ROWS ? nullptr : next);
           });
       }
     });
