@@ -105,11 +105,13 @@ def edit_strided(emulator):
 
 @check
 def edit_chunked(emulator):
-    """Many chunks, splits and a ragged end: what a small L2 and many rows lead to."""
+    """Many chunks, splits, rows staged several times, and a ragged end: what a small L2 and many rows lead to."""
     for dtype, w, (N, C, r), l2 in [
         (F32, F32, (333, 64, 3), 48 << 10),
         (BF16, BF16, (333, 64, 16), 48 << 10),
         (BF16, F32, (700, 64, 2), 3 << 20),
+        (F32, F32, (300, 64, 16), 3 << 20),
+        (BF16, F32, (300, 64, 32), 3 << 20),
     ]:
         h, g, (D, A, b) = rows(1, N, C, dtype), rows(1, N, C, dtype), weights(C, r, w)
         _, delta, _ = emulator.low_rank_edit(h, D, A, b)
