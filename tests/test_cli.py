@@ -116,7 +116,9 @@ def test_an_interrupted_run_says_how_to_resume_and_ends_in_the_same_bits(tiny_ba
     settings = [*TUNE, "--base", str(tiny_base), "--steps", "400", "--neftune", "5"]
     straight = subprocess.Popen(command(*settings, "--out", tmp_path / "straight"), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
     out = tmp_path / "stopped"
-    stopped = subprocess.Popen(command(*settings, "--out", out), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    # A shell that runs the tests in the background has them, and so their children, ignore Ctrl-C: this one must hear it.
+    stopped = subprocess.Popen(command(*settings, "--out", out), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     log = out / "log.jsonl"
     while (not log.exists() or log.read_text().count("\n") < 60) and stopped.poll() is None:   # steps after the checkpoint of step 50
         time.sleep(0.02)
