@@ -1,6 +1,6 @@
 """The fused operations of the three methods: the same signatures as minireft.reference, on whichever backend is there.
 Call them anywhere; `ops.backends()` says what is compiled in, `ops.use("reference")` forces one, `ops.use(None)` frees it.
-On one thread you should see the low-rank edit run some three times as fast as addmm(h, D h + b, A).
+You should see the low-rank edit outrun addmm(h, D h + b, A) in float32 on many rows; benchmarks/results says where not.
 
 Autocast: results have the dtype of the activations given; float32 parameters stay float32.  torch.compile: no graph break.
 vmap and torch.func: the formula in plain PyTorch, which vectorises it.  No second derivatives: asking for one is an error.

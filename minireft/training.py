@@ -120,8 +120,9 @@ def train(model: Model, adapters: list[Adapter] = (), examples: list[Example] = 
     """Minimises the mean −log p of the completions' tokens over the parameters of `adapters` (and the base if config.full).
 
     Attaches what is not attached and detaches it again, also after an error or Ctrl-C. `tokenizer`: None takes the one that
-    `load` gave the model; examples that are `Encoded` already need none. `out`: a folder for log.jsonl and checkpoint.pt; resume=True goes on from the checkpoint there, to the same bits as an uninterrupted run on the same
-    machine, thread count and backend. Only what is trained has gradients; none flow below the lowest site in use.
+    `load` gave the model; examples that are `Encoded` already need none. `out`: a folder for log.jsonl and checkpoint.pt;
+    resume=True goes on from the checkpoint there, to the same bits as an uninterrupted run on the same machine, thread
+    count and backend. Only what is trained has gradients; none flow below the lowest site in use.
     Under `torchrun` every process takes its share of each batch, and only the gradients of what is trained are exchanged.
     Raises ValueError for bad examples, nothing to train, a checkpoint of another run, and FloatingPointError for a loss
     that is not finite (the last checkpoint stays).
