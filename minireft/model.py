@@ -1,4 +1,4 @@
-"""A decoder-only transformer in one file, with a named site at every place where an adapter may stand.
+"""Transformers in one file: decoder, encoder, encoder–decoder, with a named site at every place where an adapter may stand.
 
 Use:  model = Model(ModelConfig(...)); logits = model(tokens)         # (B, T) int64 → (B, T, V)
 See:  `list(model.sites())` names every site; the model itself knows no method that will ever stand there.
@@ -16,49 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The shape of a model. Frozen: a model is what its configuration says."""
-
-    vocab_size: int                     # V
-    width: int                          # C
-    layers: int                         # L
-    heads: int                          # H
-    hidden: int                         # F, the feed-forward's inner width
-    context: int                        # the most tokens in one sequence
-    kv_heads: int | None = None         # G; fewer than H is grouped-query attention; None means H
-    head_dim: int | None = None         # D; None means C / H
-    norm: str = "rms"                   # "rms" | "layer"
-    norm_eps: float = 1e-5
-    positions: str = "rotary"           # "rotary" | "learned"
-    rotary_base: float = 10000.0
-    activation: str = "swiglu"          # "swiglu" (gated) | "gelu" | "gelu_tanh"
-    tied: bool = True                   # the output head shares the embedding's weight
-    bias: bool = False                  # biases on every Linear
-    qkv_bias: bool = False              # biases on query, key and value only
-
-    def __post_init__(self):
-        for name in ("vocab_size", "width", "layers", "heads", "hidden", "context"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        choices = {"norm": ("rms", "layer"), "positions": ("rotary", "learned"), "activation": ("swiglu", "gelu", "gelu_tanh")}
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: it must be one of {', '.join(known)}")
-        if self.kv_heads is None:
-            object.__setattr__(self, "kv_heads", self.heads)
-        if self.head_dim is None:
-            if self.width % self.heads:
-                raise ValueError(f"width {self.width} is no multiple of heads {self.heads}: change one, or set head_dim")
-            object.__setattr__(self, "head_dim", self.width // self.heads)
-        for name in ("kv_heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if self.heads % self.kv_heads:
-            raise ValueError(f"heads {self.heads} is no multiple of kv_heads {self.kv_heads}")
-        if self.positions == "rotary" and self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd: rotary positions turn pairs of channels")
+from .cache import Cache
+from .config import ModelConfig
 
 
 # ---------------------------------------------------------------------------------------------------------------- sites
@@ -159,52 +118,46 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-class Cache:
-    """Keys and values of the tokens seen so far, so that a new token costs one token's work.
+class RelativePositions(nn.Module):
+    """A learned bias on every head's scores by the distance key − query (Raffel et al. 2020, section 2.1): near distances
+    have a bucket each, far ones share one by logarithm, and those beyond `relative_furthest` the last."""
 
-    capacity: the most tokens (prompt and new ones, padding included) that will be written.
-    """
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.buckets, self.furthest = config.relative_buckets, config.relative_furthest
+        self.weight = nn.Parameter(torch.empty(self.buckets, config.heads))                # (buckets, H)
 
-    def __init__(self, model: Model, batch: int, capacity: int):
-        c, like = model.config, model.embed.weight
-        shape = (c.layers, batch, c.kv_heads, capacity, c.head_dim)       # (L, B, G, S, D)
-        self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
-        self.mask = torch.ones(batch, capacity, dtype=torch.bool, device=like.device)      # (B, S), True = real token
-        self.padded = False                                               # whether any token so far is padding
-        self.length = 0                                                   # tokens written, padding included
-        self.longest = 0                                                  # real tokens of the row that has most
+    def bucket(self, distance: Tensor, causal: bool) -> Tensor:
+        later, buckets = 0, self.buckets
+        if not causal:                                                    # half the buckets are for later keys
+            buckets //= 2
+            later = (distance > 0) * buckets
+        distance = (-distance).clamp(min=0) if causal else distance.abs()
+        near = buckets // 2
+        far = near + ((distance / near).clamp(min=1).log() / math.log(self.furthest / near) * (buckets - near)).long()
+        return later + torch.where(distance < near, distance, far.clamp(max=buckets - 1))
 
-    def see(self, mask: Tensor | None, T: int) -> Tensor | None:
-        """Takes in the mask (B, T) of the tokens about to be written; returns that of all (B, S), None if none is padding."""
-        if mask is not None:
-            self.padded = True
-            self.mask[:, self.length : self.length + T] = mask
-        self.longest = self.longest + T if mask is None else int(self.mask[:, : self.length + T].sum(1).max())
-        return self.mask[:, : self.length + T] if self.padded else None
-
-    def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Puts k, v (B, G, T, D) at `start` and returns all so far: two of (B, G, S, D)."""
-        end = start + k.shape[2]
-        self.keys[layer, :, :, start:end] = k
-        self.values[layer, :, :, start:end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
-
-    def select(self, rows: Tensor) -> None:
-        """Keeps the batch rows `rows` (B',), in that order: beam search and finished sequences."""
-        self.keys, self.values, self.mask = self.keys[:, rows], self.values[:, rows], self.mask[rows]
-        self.longest = int(self.mask[:, : self.length].sum(1).max())
+    def forward(self, past: int, T: int, causal: bool, visible: Tensor | None) -> Tensor:
+        """What is added to the scores, (B or 1, H, T, S): the bias, and −∞ where nothing may be seen."""
+        keys = torch.arange(past + T, device=self.weight.device)          # (S,)
+        distance = keys - keys[past:, None]                               # (T, S)
+        bias = F.embedding(self.bucket(distance, causal), self.weight).permute(2, 0, 1)[None]           # (1, H, T, S)
+        visible = distance <= 0 if visible is None and causal else visible
+        return bias if visible is None else bias.masked_fill(~visible, -torch.inf)
 
 
 @dataclass
 class Step:
-    """What every layer of one forward pass shares."""
+    """What every layer of one pass through a stack shares."""
 
     context: dict                       # adapter → what it prepared for this pass
     rotary: tuple | None                # cos and sin, two of (B, 1, T, D/2)
-    visible: Tensor | None              # (B, 1, T, S) True = may be attended to; None: the plain causal triangle, or everything
-    causal: bool
+    visible: Tensor | None              # (B, 1, T, S) True = may be attended to, or (B, H, T, S) a bias; None: see causal
+    causal: bool                        # True: the plain causal triangle
     cache: Cache | None
     past: int                           # tokens in the cache before this pass
+    memory: Tensor | None = None        # (B, S, C) what the encoder made of its tokens, and which are real: (B, 1, 1, S)
+    memory_visible: Tensor | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------- blocks
@@ -221,18 +174,38 @@ class Attention(nn.Module):
         self.output = Linear(c.heads * c.head_dim, c.width, c.bias)
 
     def forward(self, x: Tensor, step: Step) -> Tensor:                   # (B, T, C) → (B, T, C)
-        B, T, _ = x.shape
-        context, heads = step.context, lambda y: y.view(B, T, -1, self.config.head_dim).transpose(1, 2)
-        q = heads(self.query(x, context=context))                         # (B, H, T, D)
-        k, v = self.kv(self.key(x, context=context), self.value(x, context=context), context=context)   # two of (B, T, G·D)
-        k, v = heads(k), heads(v)                                         # two of (B, G, T, D)
+        q, (k, v) = self.queries(x, step), self.keys_values(x, step)      # (B, H, T, D), two of (B, G, T, D)
         if step.rotary:
             q, k = turn(q, *step.rotary), turn(k, *step.rotary)
         if step.cache:
             k, v = step.cache.write(self.layer, step.past, k, v)          # two of (B, G, S, D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=step.visible, is_causal=step.causal,
+        return self.mix(q, k, v, step.visible, step.causal, step)
+
+    def heads(self, y: Tensor) -> Tensor:                                 # (B, T, H·D) → (B, H, T, D)
+        return y.view(*y.shape[:2], -1, self.config.head_dim).transpose(1, 2)
+
+    def queries(self, x: Tensor, step: Step) -> Tensor:
+        return self.heads(self.query(x, context=step.context))
+
+    def keys_values(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        k, v = self.key(x, context=step.context), self.value(x, context=step.context)      # two of (B, T, G·D)
+        k, v = self.kv(k, v, context=step.context)
+        return self.heads(k), self.heads(v)
+
+    def mix(self, q, k, v, visible: Tensor | None, causal: bool, step: Step) -> Tensor:    # → (B, T, C)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal,
                                            enable_gqa=self.config.kv_heads < self.config.heads)         # (B, H, T, D)
-        return self.output(y.transpose(1, 2).reshape(B, T, -1), context=context)
+        return self.output(y.transpose(1, 2).flatten(2), context=step.context)
+
+
+class CrossAttention(Attention):
+    """A decoder's look at what the encoder made: no positions, and keys and values that are computed once a sequence."""
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:                   # (B, T, C) → (B, T, C)
+        known = step.cache.memory if step.cache else {}
+        if self.layer not in known:
+            known[self.layer] = self.keys_values(step.memory, step)       # two of (B, G, S, D)
+        return self.mix(self.queries(x, step), *known[self.layer], step.memory_visible, False, step)
 
 
 class FeedForward(nn.Module):
@@ -250,23 +223,38 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """h ← h + attention(norm(h));  h ← h + ffn(norm(h));  then the site `output`: the stream that goes on."""
+    """h ← h + part(norm(h)), or post-norm norm(h + part(h)), for each part: attention, a look at the encoder where there is
+    one, feed-forward. Then the site `output`: the stream that goes on."""
 
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig, layer: int, cross: bool):
         super().__init__()
+        self.norm_first = config.norm_first
         self.attention_norm, self.attention = Norm(config), Attention(config, layer)
+        self.cross_norm, self.cross = (Norm(config), CrossAttention(config, layer)) if cross else (None, None)
         self.ffn_norm, self.ffn = Norm(config), FeedForward(config)
         self.output = Site()
 
     def forward(self, h: Tensor, step: Step) -> Tensor:                   # (B, T, C) → (B, T, C)
-        context = step.context
-        h = h + self.attention(self.attention_norm(h, context=context), step)
-        h = h + self.ffn(self.ffn_norm(h, context=context), step)
-        return self.output(h, context=context)
+        for norm, part in ((self.attention_norm, self.attention), (self.cross_norm, self.cross), (self.ffn_norm, self.ffn)):
+            if part is not None and self.norm_first:
+                h = h + part(norm(h, context=step.context), step)
+            elif part is not None:
+                h = norm(h + part(h, step), context=step.context)
+        return self.output(h, context=step.context)
+
+
+def place(config: ModelConfig) -> tuple[nn.Module | None, nn.Module | None]:
+    """What tells a stack its tokens' places, beside rotary turns: a learned table, or a bias on the scores."""
+    learned, relative = config.positions == "learned", config.positions == "relative"
+    return Embedding(config.context, config.width) if learned else None, RelativePositions(config) if relative else None
 
 
 class Model(nn.Module):
-    """The whole decoder. Weights are drawn from torch's generator: normal, std 0.02, residual outputs divided by √(2L)."""
+    """The whole. Weights are drawn from torch's generator: normal, std 0.02, residual outputs divided by √(2L).
+
+    `blocks` holds every layer in the order of the flow: an encoder's, then a decoder's. Where there are both, the encoder
+    begins with `embed` and has an `encoder_norm`, the decoder begins with `decoder_embed`, which is the same weight.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -275,12 +263,17 @@ class Model(nn.Module):
         self.recompute = False              # True: blocks are run again in the backward pass instead of kept in memory
         self.tokenizer = None               # whoever loads a model with its tokenizer leaves it here
         self.embed = Embedding(c.vocab_size, c.width)
-        self.position = Embedding(c.context, c.width) if c.positions == "learned" else None
-        self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.layers))
+        self.position, self.relative = place(c)
+        n, self.two = c.encoder_layers, 0 < c.encoder_layers < c.layers   # two: an encoder and a decoder
+        self.blocks = nn.ModuleList(Block(c, i - n if i >= n else i, cross=self.two and i >= n) for i in range(c.layers))
         self.norm = Norm(c)
         self.head = Linear(c.width, c.vocab_size, False)
         if c.tied:
             self.head.weight = self.embed.weight
+        if self.two:
+            self.encoder_position, self.encoder_relative = place(c)
+            self.encoder_norm, self.decoder_embed = Norm(c), Embedding(c.vocab_size, c.width)
+            self.decoder_embed.weight = self.embed.weight
         self.reset()
 
     def reset(self) -> None:
@@ -291,7 +284,7 @@ class Model(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
             else:
-                residual = name.endswith(("attention.output.weight", "ffn.down.weight"))
+                residual = name.endswith(("attention.output.weight", "cross.output.weight", "ffn.down.weight"))
                 nn.init.normal_(parameter, std=0.02 / (math.sqrt(2 * self.config.layers) if residual else 1))
 
     def sites(self) -> dict[str, Site]:
@@ -299,73 +292,104 @@ class Model(nn.Module):
         return {name: module for name, module in self.named_modules() if isinstance(module, Site)}
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None, prompt_lengths: Tensor | None = None,
-                tasks: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """Logits of the next token after every token.
+                tasks: Tensor | None = None, cache: Cache | None = None, decoder_tokens: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) of the next token after every token; an encoder's, of the token itself.
 
-        tokens (B, T) int64; mask (B, T) bool, True = real token (padding stands on either side, never inside);
+        tokens (B, T) int64; mask (B, T) bool, True = real token (padding stands on either side, never inside), or int64,
+        the number of the document that a token belongs to, 0 = padding, where a row packs several that must not meet;
         prompt_lengths (B,) real tokens that belong to the prompt, counted from the first real one (None: the whole row);
-        tasks (B,) int64, the row's adapter in a bank, −1 = none; cache: see `Cache`. Returns (B, T, V).
-        Raises ValueError for wrong shapes and for more tokens than the context or the cache holds.
+        tasks (B,) int64, the row's adapter in a bank, −1 = none; cache: see `Cache`; decoder_tokens (B, U), for an
+        encoder–decoder alone: `start` and what follows it, and the logits are (B, U, V). Its filled cache holds what was
+        encoded: from then on `tokens` are the decoder's. Raises ValueError for wrong shapes and for more tokens than the
+        context or the cache holds.
         """
-        h, context = self.stream(tokens, mask, prompt_lengths, tasks, cache)
+        h, context = self.stream(tokens, mask, prompt_lengths, tasks, cache, decoder_tokens)
         return self.head(h, context=context)                              # (B, T, V)
 
-    def stream(self, tokens: Tensor, mask: Tensor | None = None, prompt_lengths: Tensor | None = None,
-               tasks: Tensor | None = None, cache: Cache | None = None) -> tuple[Tensor, dict]:
+    def stream(self, tokens: Tensor, mask: Tensor | None = None, prompt_lengths: Tensor | None = None, tasks: Tensor | None = None,
+               cache: Cache | None = None, decoder_tokens: Tensor | None = None) -> tuple[Tensor, dict]:
         """All of `forward` but the head: the normed stream (B, T, C), and the context that the head's site wants."""
-        self._check(tokens, mask, prompt_lengths, tasks, cache)
-        past, T = cache.length if cache else 0, tokens.shape[1]
+        self._check(tokens, mask, prompt_lengths, tasks, cache, decoder_tokens)
+        past = cache.length if cache else 0
         context = {adapter: adapter.prepare(tokens, mask, prompt_lengths, tasks, past) for adapter in self.adapters}
+        memory = seen = None
+        if self.config.encoder_layers and past == 0:
+            memory = self._stack(True, tokens, mask, context)             # (B, T, C)
+            if not self.two:
+                return memory, context
+            seen = None if mask is None else (mask > 0)[:, None, None]    # (B, 1, 1, T)
+            tokens, mask = decoder_tokens, None
+        if cache:
+            mask = cache.see(mask, tokens.shape[1])
+            seen = cache.memory_visible = seen if past == 0 else cache.memory_visible
+        return self._stack(False, tokens, mask, context, cache, past, memory, seen), context
 
-        real = mask if cache is None else cache.see(mask, T)              # (B, S), or None where nothing is padding
-        if real is None:
-            positions = torch.arange(past, past + T, device=tokens.device)[None]           # (1, T)
-        else:                                                             # a token's position counts the real ones before it
-            positions = (real.long().cumsum(1) - 1).clamp(min=0)[:, past:]                 # (B, T)
-        rotary = None
-        if self.position is None:
-            rotary = rotary_angles(positions, self.config.head_dim, self.config.rotary_base)
-        visible = visibility(real, past, T, tokens.device)
-        step = Step(context, rotary, visible, causal=visible is None and T > 1, cache=cache, past=past)
-
-        h = self.embed(tokens, context=context)                           # (B, T, C)
-        if self.position is not None:
-            h = h + self.position(positions, context=context)
-        for block in self.blocks:
+    def _stack(self, encoder: bool, tokens: Tensor, real: Tensor | None, context: dict, cache: Cache | None = None, past: int = 0,
+               memory: Tensor | None = None, memory_visible: Tensor | None = None) -> Tensor:
+        """Embeds tokens (B, T) and runs them through the blocks of one stack; real (B, S) as `mask`: (B, T, C)."""
+        c, T, n = self.config, tokens.shape[1], self.config.encoder_layers
+        blocks, embed = (self.blocks[:n], self.embed) if encoder else (self.blocks[n:], self.decoder_embed if self.two else self.embed)
+        position, relative, norm = (getattr(self, "encoder_" * (encoder and self.two) + name) for name in ("position", "relative", "norm"))
+        visible, index = visibility(real, past, T, not encoder, tokens.device)
+        rotary = rotary_angles(index, c.head_dim, c.rotary_base) if c.positions == "rotary" else None
+        if relative is not None:                                          # the bias says as well who is seen
+            visible = relative(past, T, not encoder, visible)             # (B or 1, H, T, S)
+        step = Step(context, rotary, visible, not encoder and visible is None and T > 1, cache, past, memory, memory_visible)
+        h = embed(tokens, context=context)                                # (B, T, C)
+        if position is not None:
+            h = h + position(index, context=context)
+        if not c.norm_first:
+            h = norm(h, context=context)
+        for block in blocks:
             if self.recompute and torch.is_grad_enabled():                # gradient checkpointing: keep h, not what is inside
                 h = checkpoint(block, h, step, use_reentrant=False)
             else:
                 h = block(h, step)                                        # (B, T, C)
         if cache:
             cache.length = past + T
-        return self.norm(h, context=context), context
+        return norm(h, context=context) if c.norm_first else h
 
-    def _check(self, tokens, mask, prompt_lengths, tasks, cache) -> None:
-        if tokens.dim() != 2 or tokens.dtype != torch.int64 or tokens.numel() == 0:
-            raise ValueError(f"tokens are {tokens.dtype} of shape {tuple(tokens.shape)}: expected int64 of shape (B, T), not empty")
+    def _check(self, tokens, mask, prompt_lengths, tasks, cache, decoder_tokens) -> None:
+        self._check_ids("tokens", tokens)
+        first = cache is None or cache.length == 0
+        if (decoder_tokens is not None) != (self.two and first):
+            raise ValueError("decoder_tokens are for an encoder–decoder's first pass, and needed there: "
+                             + ("give the start token and what follows it" if self.two and first else "leave them out here"))
+        if decoder_tokens is not None:
+            self._check_ids("decoder_tokens", decoder_tokens)
+        if cache and self.config.encoder_layers == self.config.layers:
+            raise ValueError("an encoder sees both ways: nothing can be cached, call it without")
         B, T = tokens.shape
-        if tokens.device.type == "cpu" and not torch.compiler.is_compiling() and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
-            raise ValueError(f"tokens are {tokens.min()} ... {tokens.max()}: expected ids of this model's vocabulary of {self.config.vocab_size}")
         for name, value, shape in (("mask", mask, (B, T)), ("prompt_lengths", prompt_lengths, (B,)), ("tasks", tasks, (B,))):
             if value is not None and value.shape != shape:
                 raise ValueError(f"{name} has shape {tuple(value.shape)}: expected {shape} beside tokens {(B, T)}")
         if tasks is not None and not self.adapters:
             raise ValueError("tasks are given, and nothing is attached that reads them: attach the bank first")
-        if mask is not None and mask.dtype != torch.bool:
-            raise ValueError(f"mask is {mask.dtype}: expected torch.bool, True = real token")
-        longest, total = (T + cache.longest, T + cache.length) if cache else (T, T)
+        if mask is not None and mask.dtype not in ((torch.bool, torch.int64) if cache is None else (torch.bool,)):
+            raise ValueError(f"mask is {mask.dtype}: expected torch.bool, True = real token; or, without a cache, int64 document numbers")
+        new = T if decoder_tokens is None else decoder_tokens.shape[1]
+        longest = max(T, new + (cache.longest if cache else 0))
         if longest > self.config.context:
             raise ValueError(f"{longest} tokens do not fit this model's context of {self.config.context}: shorten the prompt")
-        if cache and (total > cache.mask.shape[1] or B != cache.mask.shape[0]):
-            raise ValueError(f"the cache holds {tuple(cache.mask.shape)} (rows, tokens): {(B, total)} do not fit")
+        if cache and (new + cache.length > cache.mask.shape[1] or B != cache.mask.shape[0]):
+            raise ValueError(f"the cache holds {tuple(cache.mask.shape)} (rows, tokens): {(B, new + cache.length)} do not fit")
+
+    def _check_ids(self, name: str, ids: Tensor) -> None:
+        if ids.dim() != 2 or ids.dtype != torch.int64 or ids.numel() == 0:
+            raise ValueError(f"{name} are {ids.dtype} of shape {tuple(ids.shape)}: expected int64 of shape (B, T), not empty")
+        if ids.device.type == "cpu" and not torch.compiler.is_compiling() and not 0 <= ids.min() <= ids.max() < self.config.vocab_size:
+            raise ValueError(f"{name} are {ids.min()} ... {ids.max()}: expected ids of this model's vocabulary of {self.config.vocab_size}")
 
 
-def visibility(real: Tensor | None, past: int, T: int, device) -> Tensor | None:
-    """Which tokens each new token attends to, (B or 1, 1, T, S) bool; None where the plain causal rule says it all."""
-    if real is None and (past == 0 or T == 1):
-        return None
-    visible = torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past)          # (T, S)
+def visibility(real: Tensor | None, past: int, T: int, causal: bool, device) -> tuple[Tensor | None, Tensor]:
+    """Which tokens each new token attends to, (B or 1, 1, T, S) bool or None where the plain causal rule or none says it
+    all; and each new token's index in its document, (B or 1, T). A token sees its own document; padding sees padding.
+    """
+    index = torch.arange(past, past + T, device=device)[None]             # (1, T)
+    if real is None and (not causal or past == 0 or T == 1):
+        return None, index
     if real is None:
-        return visible[None, None]
-    itself = torch.ones_like(visible).triu(past) & visible                # padding sees itself: a softmax over nothing is NaN
-    return (visible & real[:, None, :] | itself)[:, None]                 # (B, 1, T, S)
+        return (torch.arange(past + T, device=device) <= index[0, :, None])[None, None], index
+    same = real[:, past:, None] == real[:, None, :]                       # (B, T, S)
+    before = same.tril(past)
+    return (before if causal else same)[:, None], before.sum(-1) - 1

@@ -117,6 +117,9 @@ def demand(positions: Tensor, least: int | Tensor) -> None:
 def prompt_span(tokens: Tensor, mask: Tensor | None, prompt_lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     """First real token and number of prompt tokens of every row, two of (B,), under padding on either side."""
     B, T = tokens.shape
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"the mask holds {mask.dtype} document numbers: a row that packs several has no one prompt, so positions in it "
+                         "are not defined; train ReFT and its kin on rows that are not packed")
     if mask is None:
         start, real = tokens.new_zeros(B), tokens.new_full((B,), T)
     else:

@@ -11,12 +11,12 @@ import numpy as np
 erf = np.vectorize(math.erf)
 
 
-def logits(model, ids, scale=None, delta=None, edit=None) -> np.ndarray:
-    """ids: a list of real tokens. scale: {site name: factors (L, width)}; delta: {linear name: (L, out, in)} added to its
+def logits(model, ids, scale=None, delta=None, edit=None, decoder_ids=None) -> np.ndarray:
+    """ids: a list of real tokens, decoder_ids another where there are an encoder and a decoder. scale: {site name: factors (L, width)}; delta: {linear name: (L, out, in)} added to its
     weight; edit(layer, h) → h, called on each block's output h (T, C)."""
     c = model.config
     W = {name: p.detach().double().numpy() for name, p in model.named_parameters()}
-    scale, delta, T = scale or {}, delta or {}, len(ids)
+    scale, delta = scale or {}, delta or {}
 
     def linear(name, x, layer, known_as):
         weight = W[f"{name}.weight"] + (delta[known_as][layer] if known_as in delta else 0)
@@ -50,34 +50,71 @@ def logits(model, ids, scale=None, delta=None, edit=None) -> np.ndarray:
             return 0.5 * u * (1 + erf(u / math.sqrt(2)))
         return 0.5 * u * (1 + np.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
 
-    h = np.stack([W["embed.weight"][i] for i in ids])                     # (T, C)
-    if c.positions == "learned":
-        h = h + W["position.weight"][:T]
-    for layer in range(c.layers):
-        block = f"blocks.{layer}"
-        x = scaled(norm(f"{block}.attention_norm", h), layer, "attention_norm")
-        q = scaled(linear(f"{block}.attention.query", x, layer, "query"), layer, "query")
-        k = scaled(linear(f"{block}.attention.key", x, layer, "key"), layer, "key")
-        v = scaled(linear(f"{block}.attention.value", x, layer, "value"), layer, "value")
-        out = np.zeros((T, c.heads * c.head_dim))
+    def bias(prefix, head, query, key, causal):                           # T5's relative positions, bucket by bucket
+        if c.positions != "relative":
+            return 0.0
+        buckets, distance, bucket = c.relative_buckets, abs(key - query), 0
+        if not causal:
+            buckets //= 2
+            bucket = buckets if key > query else 0
+        near = buckets // 2
+        if distance >= near:
+            far = int(math.log(distance / near) / math.log(c.relative_furthest / near) * (buckets - near))
+            distance = min(near + far, buckets - 1)
+        return W[f"{prefix}relative.weight"][bucket + distance, head]
+
+    def attention(name, x, source, layer, visible, bias_of, site=""):
+        """x (T, C) looks at source (S, C): query t at the keys visible(t). `site` leads its sites' names."""
+        position = rotate if not site else lambda x, position: x          # cross-attention has no positions
+        q = scaled(linear(f"{name}.query", x, layer, f"{site}query"), layer, f"{site}query")
+        k = scaled(linear(f"{name}.key", source, layer, f"{site}key"), layer, f"{site}key")
+        v = scaled(linear(f"{name}.value", source, layer, f"{site}value"), layer, f"{site}value")
+        out = np.zeros((len(x), c.heads * c.head_dim))
         for head in range(c.heads):
             mine = slice(head * c.head_dim, (head + 1) * c.head_dim)
             group = head // (c.heads // c.kv_heads)
             its = slice(group * c.head_dim, (group + 1) * c.head_dim)
-            for t in range(T):
-                query = rotate(q[t, mine], t)
-                weights = np.array([math.exp(query @ rotate(k[s, its], s) / math.sqrt(c.head_dim)) for s in range(t + 1)])
-                out[t, mine] = sum(w * v[s, its] for s, w in enumerate(weights / weights.sum()))
-        h = h + scaled(linear(f"{block}.attention.output", out, layer, "attention_output"), layer, "attention_output")
-        x = scaled(norm(f"{block}.ffn_norm", h), layer, "ffn_norm")
-        u = linear(f"{block}.ffn.up", x, layer, "up")
+            for t in range(len(x)):
+                query = position(q[t, mine], t)
+                weights = np.array([math.exp(query @ position(k[s, its], s) / math.sqrt(c.head_dim) + bias_of(head, t, s)) for s in visible(t)])
+                out[t, mine] = sum(w * v[s, its] for w, s in zip(weights / weights.sum(), visible(t)))
+        return scaled(linear(f"{name}.output", out, layer, f"{site}attention_output"), layer, f"{site}attention_output")
+
+    def ffn(name, x, layer):
+        u = linear(f"{name}.up", x, layer, "up")
         if c.activation == "swiglu":
-            gate = linear(f"{block}.ffn.gate", x, layer, "gate")
+            gate = linear(f"{name}.gate", x, layer, "gate")
             u = gate / (1 + np.exp(-gate)) * u
         else:
             u = activation(u)
-        u = scaled(u, layer, "ffn")
-        h = h + scaled(linear(f"{block}.ffn.down", u, layer, "ffn_output"), layer, "ffn_output")
-        h = edit(layer, h) if edit else h
-    head = W["embed.weight"] if c.tied else W["head.weight"]
-    return norm("norm", h) @ head.T                                       # (T, V)
+        return scaled(linear(f"{name}.down", scaled(u, layer, "ffn"), layer, "ffn_output"), layer, "ffn_output")
+
+    def stack(prefix, ids, layers, causal, memory=None):
+        def add(h, name, part, layer):                                    # the sum, normed where the configuration says
+            known_as = name.rsplit(".", 1)[-1]
+            if c.norm_first:
+                return h + part(scaled(norm(name, h), layer, known_as))
+            return scaled(norm(name, h + part(h)), layer, known_as)
+        T = len(ids)
+        h = np.stack([W["embed.weight"][i] for i in ids])                 # (T, C)
+        if c.positions == "learned":
+            h = h + W[f"{prefix}position.weight"][:T]
+        h = h if c.norm_first else norm(f"{prefix}norm", h)
+        visible = (lambda t: range(t + 1)) if causal else (lambda t: range(T))
+        near = lambda head, t, s: bias(prefix, head, t, s, causal)
+        for layer in layers:
+            block = f"blocks.{layer}"
+            h = add(h, f"{block}.attention_norm", lambda x: attention(f"{block}.attention", x, x, layer, visible, near), layer)
+            if memory is not None:
+                look = lambda x: attention(f"{block}.cross", x, memory, layer, lambda t: range(len(memory)), lambda *_: 0.0, "cross_")
+                h = add(h, f"{block}.cross_norm", look, layer)
+            h = add(h, f"{block}.ffn_norm", lambda x: ffn(f"{block}.ffn", x, layer), layer)
+            h = edit(layer, h) if edit else h
+        return norm(f"{prefix}norm", h) if c.norm_first else h
+
+    n, L = c.encoder_layers, c.layers
+    if n == 0 or n == L:
+        h = stack("", ids, range(L), causal=n == 0)
+    else:
+        h = stack("", decoder_ids, range(n, L), True, stack("encoder_", ids, range(n), False))
+    return h @ W["embed.weight" if c.tied else "head.weight"].T           # (T, V)

@@ -19,12 +19,21 @@ CONFIGS = {                             # every choice of ModelConfig at least o
     "neox": dict(norm="layer", activation="gelu", bias=True, tied=False),
     "gemma": dict(positions="learned", norm_eps=1e-3, rotary_base=100.0),
 }
+ENCODERS = {                            # the same for the two architectures that see both ways
+    "roberta": dict(encoder_layers=3, norm="layer", norm_first=False, positions="learned", activation="gelu", bias=True),
+    "modern": dict(encoder_layers=3, kv_heads=2),
+}
+BOTH = {
+    "t5": dict(encoder_layers=1, positions="relative", relative_buckets=6, relative_furthest=9, tied=False),
+    "bart": dict(encoder_layers=2, norm="layer", norm_first=False, positions="learned", activation="gelu", bias=True, start=1),
+    "two": dict(encoder_layers=2, kv_heads=2),
+}
 WORDS = [f"w{i}" for i in range(V - 3)]  # the tokenizer's first three ids are <pad>, <eos> and <unk>
 
 
 def model(name: str = "llama", seed: int = 0, dtype=torch.float32, **changes) -> Model:
     """A model of configuration `name` in evaluation mode, its base frozen as `load` leaves it."""
-    made = Model(ModelConfig(**{**SHAPE, **CONFIGS[name], **changes}))
+    made = Model(ModelConfig(**{**SHAPE, **{**CONFIGS, **ENCODERS, **BOTH}[name], **changes}))
     randomise(made, seed)
     made.tokenizer = Tokenizer.from_words(WORDS)
     return made.to(dtype).requires_grad_(False).eval()

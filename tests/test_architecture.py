@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "minireft"
 # Module → the modules of minireft that it may import. A new module finds its place here first.
 ARROWS = {
-    "files": "", "reference": "", "positions": "", "losses": "", "model": "", "data": "", "tokenizer": "",
+    "files": "", "reference": "", "positions": "", "losses": "", "config": "", "cache": "", "model": "cache config", "data": "", "tokenizer": "",
     "ops": "reference",
     "formats": "files model tokenizer",
     "adapters": "files formats ops positions",
@@ -118,7 +118,8 @@ def test_line_budgets():
     own = [path for path in PACKAGE.rglob("*.py") if not {"formats", "tasks", "more"} & set(path.relative_to(PACKAGE).parts[:-1])]
     commands = [path for path in own if path.stem in {*COMMANDS, "pretraining"} and path.parent == PACKAGE]
     kernels = [PACKAGE / "ops.py", PACKAGE / "reference.py"]
-    parts = {"model, adapters, training, ...": 2600, "the kernels' Python half": 800, "commands and pre-training": 950}
+    # 2,800 since the encoder, the encoder–decoder and T-Few's losses joined
+    parts = {"model, adapters, training, ...": 2800, "the kernels' Python half": 800, "commands and pre-training": 950}
     sizes = {"the kernels' Python half": sum(map(lines, kernels)), "commands and pre-training": sum(map(lines, commands))}
     sizes["model, adapters, training, ..."] = sum(map(lines, own)) - sum(sizes.values())
     for name, most in parts.items():

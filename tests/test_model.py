@@ -192,7 +192,7 @@ def test_bad_inputs_are_named():
     ones = torch.ones(2, 4, dtype=torch.bool)
     for arguments, words in [((tokens[0],), r"int64 of shape \(4,\)"), ((tokens.float(),), "torch.float32"),
                              ((tokens[:, :0],), r"\(2, 0\)"), ((tokens, ones[:, :3]), r"mask has shape \(2, 3\): expected \(2, 4\)"),
-                             ((tokens, ones.long()), "mask is torch.int64"), ((tokens, None, ones[:1, 0].long()), "prompt_lengths has shape"),
+                             ((tokens, ones.float()), "mask is torch.float32"), ((tokens, None, ones[:1, 0].long()), "prompt_lengths has shape"),
                              ((tokens, None, None, torch.zeros(3)), "tasks has shape"),
                              ((tokens.repeat(1, 7),), "28 tokens do not fit this model's context of 24"),
                              ((tokens + 29,), "vocabulary of 29")]:

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..positions import demand
-from .base import LINEARS, Adapter
+from .base import Adapter
 from .edits import Edit, PlainEdit, Prepared, by_site
 from .ia3 import IA3, scales
-from .lora import BesideEach, LoRA
+from .lora import BesideEach, LoRA, linears
 from .reft import ReFT
 
 
@@ -88,8 +88,7 @@ class Bank(Adapter):
         if self.kind is IA3:
             return scales(self, self.sites)
         if self.kind is LoRA:
-            return [(block.get_submodule(LINEARS[name]), BesideEach(self, name, layer))
-                    for layer, block in enumerate(self.model.blocks) for name in self.sites]
+            return [(linear, BesideEach(self, name, slot)) for linear, name, slot in linears(self.model, self.sites)]
         return [(place, Edit(self, slot)) for slot, place in enumerate(self.members[0].places(self.layers))]
 
     def prepare(self, tokens, mask, prompt_lengths, tasks, past):

@@ -17,7 +17,8 @@ from .. import files
 
 # The field's names for a block's Linears, and where they stand in a block.
 LINEARS = {"query": "attention.query", "key": "attention.key", "value": "attention.value", "attention_output": "attention.output",
-           "gate": "ffn.gate", "up": "ffn.up", "ffn_output": "ffn.down"}
+           "gate": "ffn.gate", "up": "ffn.up", "ffn_output": "ffn.down",
+           "cross_query": "cross.query", "cross_key": "cross.key", "cross_value": "cross.value", "cross_attention_output": "cross.output"}
 
 
 class Adapter(nn.Module):
@@ -124,19 +125,26 @@ class Adapter(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
+def layers_with(model: nn.Module, path: str) -> list[int]:
+    """The layers whose block has a module `path`: a decoder's look at its encoder is not in every one."""
+    return [layer for layer, block in enumerate(model.blocks) if path in dict(block.named_modules())]
+
+
 def pick_layers(model: nn.Module, layers) -> list[int]:
-    """'all', a layer, a list of layers or '3,9,18' → sorted layer numbers, counted from 0. ValueError names a wrong one."""
+    """'all', a layer, a list of layers or '3,9,18' → sorted layer numbers, counted from 0, of those that the prompt flows
+    through: an encoder–decoder's encoder. ValueError names a wrong one."""
+    most = model.config.encoder_layers or model.config.layers
     if layers == "all":
-        return list(range(model.config.layers))
+        return list(range(most))
     try:
         picked = [layers] if isinstance(layers, int) else [int(x) for x in layers.split(",")] if isinstance(layers, str) else list(layers)
     except (TypeError, ValueError):
         picked = [None]
     if not all(type(layer) is int for layer in picked):
         raise ValueError(f"layers are {layers!r}: expected 'all', a number, or a list such as '3,9,18'")
-    wrong = [layer for layer in picked if not 0 <= layer < model.config.layers]
+    wrong = [layer for layer in picked if not 0 <= layer < most]
     if wrong or not picked or len(set(picked)) < len(picked):
-        raise ValueError(f"layers are {layers!r}: expected distinct numbers from 0 to {model.config.layers - 1}")
+        raise ValueError(f"layers are {layers!r}: expected distinct numbers from 0 to {most - 1}")
     return sorted(picked)
 
 

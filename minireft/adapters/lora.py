@@ -11,30 +11,36 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .base import LINEARS, Adapter, pick_sites
+from .base import LINEARS, Adapter, layers_with, pick_sites
 
 
 class Beside:
-    """y + (α/r) B A x for one Linear of one layer."""
+    """y + (α/r) B A x for one Linear, the `slot`-th of its name."""
 
-    def __init__(self, adapter: LoRA, name: str, layer: int):
-        self.adapter, self.name, self.layer = adapter, name, layer
+    def __init__(self, adapter: LoRA, name: str, slot: int):
+        self.adapter, self.name, self.slot = adapter, name, slot
 
     def __call__(self, operation, context):
-        a, b = (w[self.layer] for w in context[self.adapter][self.name])  # (r, in), (out, r)
+        a, b = (w[self.slot] for w in context[self.adapter][self.name])  # (r, in), (out, r)
         return lambda x: operation(x) + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
 
 
 class BesideEach:
     """The same in a bank, with each row's own A and B."""
 
-    def __init__(self, adapter, name: str, layer: int):
-        self.adapter, self.name, self.layer = adapter, name, layer
+    def __init__(self, adapter, name: str, slot: int):
+        self.adapter, self.name, self.slot = adapter, name, slot
 
     def __call__(self, operation, context):
         factors, tasks = context[self.adapter]
-        a, b = (w[self.layer][tasks.clamp(min=0)] * (tasks >= 0)[:, None, None] for w in factors[self.name])   # (B, r, in), (B, out, r)
+        a, b = (w[self.slot][tasks.clamp(min=0)] * (tasks >= 0)[:, None, None] for w in factors[self.name])   # (B, r, in), (B, out, r)
         return lambda x: operation(x) + (x @ a.to(x.dtype).mT) @ b.to(x.dtype).mT
+
+
+def linears(model, names) -> list[tuple]:
+    """(Linear, name, slot): every Linear of these names, the slot-th of its name."""
+    return [(model.blocks[layer].get_submodule(LINEARS[name]), name, slot)
+            for name in names for slot, layer in enumerate(layers_with(model, LINEARS[name]))]
 
 
 class LoRA(Adapter):
@@ -42,8 +48,7 @@ class LoRA(Adapter):
     parameters for each Linear. Raises ValueError for values out of range."""
 
     def __init__(self, model, rank: int = 8, alpha: float = 16, sites=("query", "value")):
-        modules = dict(model.blocks[0].named_modules())
-        present = [name for name, path in LINEARS.items() if path in modules]               # a plain feed-forward has no gate
+        present = [name for name, path in LINEARS.items() if layers_with(model, path)]      # a plain feed-forward has no gate
         sites = tuple(present) if sites == "all" else pick_sites(model, sites, present)
         if not isinstance(rank, int) or not 1 <= rank <= model.config.width:
             raise ValueError(f"rank is {rank!r}: expected a whole number from 1 to the model's width, {model.config.width}")
@@ -52,15 +57,15 @@ class LoRA(Adapter):
         super().__init__(model, rank=rank, alpha=alpha, sites=list(sites))
         self.sites = sites
         for name in sites:
-            out, inputs = model.blocks[0].get_submodule(LINEARS[name]).weight.shape
-            a = self.parameter(model.config.layers, rank, inputs)
+            out, inputs = model.blocks[-1].get_submodule(LINEARS[name]).weight.shape
+            layers = len(layers_with(model, LINEARS[name]))
+            a = self.parameter(layers, rank, inputs)
             torch.nn.init.uniform_(a, -1 / math.sqrt(inputs), 1 / math.sqrt(inputs))
             self.register_parameter(f"{name}_a", a)                       # (L, r, in)
-            self.register_parameter(f"{name}_b", self.parameter(model.config.layers, out, rank))        # (L, out, r)
+            self.register_parameter(f"{name}_b", self.parameter(layers, out, rank))        # (L, out, r)
 
     def edits(self):
-        return [(block.get_submodule(LINEARS[name]), Beside(self, name, layer))
-                for layer, block in enumerate(self.model.blocks) for name in self.sites]
+        return [(linear, Beside(self, name, slot)) for linear, name, slot in linears(self.model, self.sites)]
 
     def prepare(self, tokens, mask, prompt_lengths, tasks, past):
         return self.ready(self.factors)

@@ -43,6 +43,8 @@ class ReFT(Adapter):
             raise ValueError(f"rank is {rank!r}: expected a whole number from 1 to the width, {C}")
         if init not in ("identity", "paper"):
             raise ValueError(f"init is {init!r}: expected 'identity' or 'paper'")
+        if where.generated and model.config.encoder_layers:
+            raise ValueError(f"positions are {str(where)!r}: what an encoder reads is the prompt, nothing generated passes there; use 'all'")
         if not tied and not (where.first and where.last):
             raise ValueError(f"positions {positions!r} have no prefix and suffix to untie: use 'fN+lM', or tied=True")
         if not 0 <= dropout < 1:
