@@ -31,16 +31,26 @@ class Encoded:
     ids: list[int]                      # prompt, completion, end of text
     prompt_length: int                  # how many of them are the prompt's
     task: str | None = None
+    wrong: tuple[list[int], ...] = ()   # of a multiple choice: the ids with each wrong choice for a completion
+
+    def predicted(self, ids: list[int]) -> int:
+        """How many of `ids` (or of a wrong choice's) are to be predicted: all behind the prompt, but never the first."""
+        return len(ids) - max(1, self.prompt_length)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded rows. `answer` marks the tokens that are to be predicted: the completion and the end of text."""
+    """Right-padded rows. `answer` marks the tokens that are to be predicted: the completion and the end of text.
+
+    A multiple choice takes a row for each choice, the right one (choice 0) first.
+    """
 
     tokens: Tensor                      # (B, T) int64
     mask: Tensor                        # (B, T) bool, True = real token
     prompt_lengths: Tensor              # (B,)
     answer: Tensor                      # (B, T) bool
+    example: Tensor                     # (B,) which example a row belongs to: 0, 1, ... in order
+    choice: Tensor                      # (B,) which of its choices a row holds: 0 the right one, then the wrong ones
 
     def to(self, device) -> Batch:
         return replace(self, **{name: tensor.to(device) for name, tensor in vars(self).items()})
@@ -86,27 +96,45 @@ def encode_prompt(tokenizer, text: str, context: int) -> list[int]:
     return ids
 
 
-def encode(tokenizer, example: Example, context: int) -> Encoded:
-    """Ids of prompt + completion + end of text. ValueError when the whole does not fit, or an empty completion."""
-    prompt = encode_prompt(tokenizer, example.prompt, context)
-    completion = tokenizer.encode(example.completion)
-    if not completion:
-        raise ValueError(f"the completion {example.completion!r} of {example.prompt[:60]!r} has no tokens: expected an answer to learn")
-    ids = prompt + completion + ([] if tokenizer.eos_id is None else [tokenizer.eos_id])
-    if len(ids) > context:
-        raise ValueError(f"an example of {len(ids)} tokens does not fit the context of {context}: shorten it: {example.prompt[:60]!r}...")
-    return Encoded(ids, len(prompt), example.task)
+def wrong_choices(example: Example) -> list[str]:
+    """An example's choices without its completion. ValueError when the completion, or anything else, is not among them."""
+    wrong = [choice for choice in example.choices if choice != example.completion]
+    if len(wrong) == len(example.choices) or not wrong:
+        what = f"the completion {example.completion!r} is not among the choices" if wrong else "nothing to choose from:"
+        raise ValueError(f"{what} {example.choices} of {example.prompt[:60]!r}: expected the completion and at least one other")
+    return wrong
+
+
+def encode(tokenizer, example: Example, context: int, choices: bool = False) -> Encoded:
+    """Ids of prompt + completion + end of text; with `choices`, of the wrong ones as well.
+
+    Raises ValueError when something does not fit, for a completion or choice without tokens, and choices that are not two.
+    """
+    prompt, rows = encode_prompt(tokenizer, example.prompt, context), []
+    for text in (example.completion, *(wrong_choices(example) if choices else ())):
+        answer = tokenizer.encode(text)
+        if not answer:
+            raise ValueError(f"the completion {text!r} of {example.prompt[:60]!r} has no tokens: expected an answer to learn")
+        ids = prompt + answer + ([] if tokenizer.eos_id is None else [tokenizer.eos_id])
+        if len(ids) > context:
+            raise ValueError(f"an example of {len(ids)} tokens does not fit the context of {context}: shorten it: {example.prompt[:60]!r}...")
+        if ids in rows[:1]:
+            raise ValueError(f"the choice {text!r} has the same tokens as the completion {example.completion!r}: no model can tell them apart")
+        rows.append(ids)
+    return Encoded(rows[0], len(prompt), example.task, tuple(rows[1:]))
 
 
 def collate(rows: list[Encoded], pad: int = 0) -> Batch:
-    """Rows of unequal length, padded on the right."""
-    B, T = len(rows), max(len(row.ids) for row in rows)
-    tokens, lengths = torch.full((B, T), pad), torch.tensor([len(row.ids) for row in rows])         # (B, T), (B,)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row.ids)] = torch.tensor(row.ids)
-    prompt_lengths, slot = torch.tensor([row.prompt_length for row in rows]), torch.arange(T)       # (B,), (T,)
+    """Rows of unequal length, padded on the right; an example's choices follow one another."""
+    laid = [(i, j, ids) for i, row in enumerate(rows) for j, ids in enumerate((row.ids, *row.wrong))]
+    example, choice, lengths = torch.tensor([(i, j, len(ids)) for i, j, ids in laid]).T             # three of (B,)
+    B, T = len(laid), int(lengths.max())
+    tokens, slot = torch.full((B, T), pad), torch.arange(T)               # (B, T), (T,)
+    for row, (_, _, ids) in zip(tokens, laid):
+        row[: len(ids)] = torch.tensor(ids)
+    prompt_lengths = torch.tensor([row.prompt_length for row in rows])[example]             # (B,)
     mask = slot < lengths[:, None]                                        # (B, T)
-    return Batch(tokens, mask, prompt_lengths, mask & (slot >= prompt_lengths[:, None]))
+    return Batch(tokens, mask, prompt_lengths, mask & (slot >= prompt_lengths[:, None]), example, choice)
 
 
 def order(n: int, seed: int, first: int, count: int) -> list[int]:

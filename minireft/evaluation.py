@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from .adapters import task_ids
-from .data import Encoded, Example, collate, encode, encode_prompt
+from .data import Encoded, Example, collate, encode, encode_prompt, wrong_choices
 from .generation import evaluating, generate_ids
-from .losses import token_losses
+from .losses import mean_log_p
 from .model import Model
 
 
@@ -43,32 +43,34 @@ def mean_log_likelihoods(model: Model, rows: list[Encoded], batch_size: int = 64
         chosen = by_length[first : first + batch_size]
         batch, tasks = collate([rows[i] for i in chosen]).to(device), task_ids(model, [rows[i].task for i in chosen])
         with evaluating(model):
-            losses = token_losses(model(batch.tokens, batch.mask, batch.prompt_lengths, tasks), batch.tokens)   # (B, T − 1)
-        answer = batch.answer[:, 1:]                                      # (B, T − 1)
-        for i, score in zip(chosen, (-(losses * answer).sum(1) / answer.sum(1)).tolist()):
+            betas = mean_log_p(model(batch.tokens, batch.mask, batch.prompt_lengths, tasks), batch)             # (B,)
+        for i, score in zip(chosen, betas.tolist()):
             scores[i] = score
     return scores
 
 
-def evaluate(model: Model, tokenizer, examples: list[Example], metrics=("rank", "exact"), batch_size: int = 64) -> Scores:
+def evaluate(model: Model, tokenizer, examples: list[Example], metrics=None, batch_size: int = 64,
+             length_normalised: bool = True) -> Scores:
     """Scores the model, with whatever adapters are attached, in evaluation mode.
 
-    "rank": among an example's choices the one of the highest mean log-likelihood a token must be its completion.
-    "exact": the greedy continuation must equal the completion, token for token. Examples without choices are not ranked.
-    Raises ValueError for no examples, or a completion that is not among the choices.
+    "rank": among an example's choices the one of the highest mean log-likelihood a token must be its completion; with
+    length_normalised=False the one of the highest log-likelihood. "exact": the greedy continuation must equal the
+    completion, token for token. metrics: None takes both, or "exact" alone where some examples bring no choices.
+    Raises ValueError for no examples, an unknown metric, and for "rank" without a completion and another to choose from.
     """
     if not examples:
         raise ValueError("there are no examples to evaluate on")
+    metrics = metrics or (("rank", "exact") if all(e.choices for e in examples) else ("exact",))
+    if not set(metrics) <= {"rank", "exact"}:
+        raise ValueError(f"metrics are {metrics!r}: expected some of rank, exact")
     context, rank, exact, answers = model.config.context, None, None, []
     with evaluating(model):
-        if "rank" in metrics and all(example.choices for example in examples):
-            rows = [encode(tokenizer, replace(e, completion=choice), context) for e in examples for choice in e.choices]
-            scores, right = iter(mean_log_likelihoods(model, rows, batch_size)), 0
-            for e in examples:
-                if e.completion not in e.choices:
-                    raise ValueError(f"the completion {e.completion!r} is not among the choices {e.choices} of {e.prompt[:60]!r}")
-                best = max(e.choices, key=dict(zip(e.choices, scores)).get)
-                right += best == e.completion
+        if "rank" in metrics:
+            rows = [[encode(tokenizer, replace(e, completion=c), context) for c in (e.completion, *wrong_choices(e))] for e in examples]
+            scores, right = iter(mean_log_likelihoods(model, sum(rows, []), batch_size)), 0
+            for choices in rows:                                          # the right one stands first
+                best = [next(scores) * (1 if length_normalised else row.predicted(row.ids)) for row in choices]
+                right += best[0] > max(best[1:])
             rank = right / len(examples)
         if "exact" in metrics:
             wanted = [tokenizer.encode(e.completion) for e in examples]

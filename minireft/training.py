@@ -21,17 +21,18 @@ from tqdm import tqdm
 from . import files
 from .adapters import Adapter, Bank, fingerprint, task_ids
 from .data import Encoded, Example, collate, encode, order
-from .losses import cross_entropy
+from .losses import OBJECTIVES
 from .model import Model
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train. `batch_size` examples make one step, in `accumulate` pieces if memory is short."""
+    """How to train. `batch_size` examples make one step, in `accumulate` pieces if memory is short. See also `T_FEW`."""
 
     steps: int = 200
     batch_size: int = 16
     accumulate: int = 1
+    losses: tuple[str, ...] = ("lm",)   # added up: "lm", and where examples bring choices "unlikelihood", "length"
     lr: float = 1e-2                    # the peak, after the warm-up
     optimizer: str = "adamw"            # "adamw" | "adafactor"
     weight_decay: float = 0.0
@@ -52,6 +53,8 @@ class TrainConfig:
         for name, known in (("optimizer", ("adamw", "adafactor")), ("schedule", ("linear", "cosine", "constant"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(known)}")
+        if isinstance(self.losses, str) or not self.losses or not set(self.losses) <= set(OBJECTIVES):
+            raise ValueError(f"losses are {self.losses!r}: expected a tuple of some of {', '.join(OBJECTIVES)}")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"lr is {self.lr}: expected a number above 0")
         if not (math.isfinite(self.clip) and self.clip >= 0):
@@ -70,9 +73,13 @@ class TrainConfig:
         return self.lr * {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}[self.schedule]
 
 
+# T-Few's recipe, the same for every task (Liu et al. 2022, section 3.4); beside it (IA)³, and several prompts for a task.
+T_FEW = TrainConfig(steps=1000, batch_size=8, losses=("lm", "unlikelihood", "length"), lr=3e-3, optimizer="adafactor", warmup=0.06)
+
+
 @dataclass(frozen=True)
 class Run:
-    """What happened: the loss of every step of this run (nats a token), its seconds, and the step it began at."""
+    """What happened: the loss of every step of this run (nats), its seconds, and the step it began at."""
 
     losses: list[float]
     seconds: float
@@ -117,7 +124,8 @@ def prepared(model: Model, adapters: list[Adapter], config: TrainConfig):
 
 def train(model: Model, adapters: list[Adapter] = (), examples: list[Example] = (), config: TrainConfig = TrainConfig(),
           tokenizer=None, out=None, resume: bool = False, progress: bool = True) -> Run:
-    """Minimises the mean −log p of the completions' tokens over the parameters of `adapters` (and the base if config.full).
+    """Minimises the sum of `config.losses` over the parameters of `adapters` (and the base if config.full): by default the
+    mean −log p of the completions' tokens.
 
     Attaches what is not attached and detaches it again, also after an error or Ctrl-C. `tokenizer`: None takes the one that
     `load` gave the model; examples that are `Encoded` already need none. `out`: a folder for log.jsonl and checkpoint.pt;
@@ -130,7 +138,10 @@ def train(model: Model, adapters: list[Adapter] = (), examples: list[Example] = 
     if not examples:
         raise ValueError("there are no examples to train on")
     adapters, tokenizer = list(adapters), tokenizer or model.tokenizer
-    rows = [e if isinstance(e, Encoded) else encode(tokenizer, e, model.config.context) for e in examples]
+    choices = any(OBJECTIVES[name].choices for name in config.losses)
+    rows = [e if isinstance(e, Encoded) else encode(tokenizer, e, model.config.context, choices) for e in examples]
+    if choices and not all(row.wrong for row in rows):
+        raise ValueError(f"losses {config.losses} compare choices, and some examples were encoded without: encode(..., choices=True)")
     trained = [p for adapter in adapters for p in adapter.parameters()] + (list(model.parameters()) if config.full else [])
     if not trained:
         raise ValueError("there is nothing to train: give an adapter with parameters, or TrainConfig(full=True) for the base itself")
@@ -186,20 +197,21 @@ class Team:
 
 def one_step(model, adapters, rows, step, config, optimizer, trained, rate, team) -> float:
     """Forward and backward over this process's share of one batch, piece by piece, then one update. Returns the batch's
-    loss in nats a token."""
+    loss."""
     device, B = trained[0].device, config.batch_size
-    chosen = order(len(rows), config.seed, step * B, B)                   # which examples, the same on every process
-    count = sum(len(rows[i].ids) - max(1, rows[i].prompt_length) for i in chosen)           # answer tokens of the whole batch
+    chosen = [rows[i] for i in order(len(rows), config.seed, step * B, B)]                  # the same on every process
+    objectives = [OBJECTIVES[name] for name in config.losses]
+    counts = [sum(map(objective.count, chosen)) for objective in objectives]                # over the whole batch
     share = B // team.size
     piece, total = share // config.accumulate, torch.zeros((), device=device)
     for first in range(team.rank * share, (team.rank + 1) * share, piece):
-        mine = [rows[i] for i in chosen[first : first + piece]]
-        batch, tasks = collate(mine).to(device), task_ids(model, [row.task for row in mine])
+        batch = collate(chosen[first : first + piece]).to(device)
+        tasks = task_ids(model, [chosen[first + i].task for i in batch.example.tolist()])   # (B,) or None
         for adapter in adapters:                                          # numbers that never repeat, whatever the shares
-            adapter.begin(step, torch.arange(step * B + first, step * B + first + piece, device=device))
+            adapter.begin(step, step * B + first + batch.example)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-            logits = model(batch.tokens, batch.mask, batch.prompt_lengths, tasks)           # (B, T, V)
-        loss = cross_entropy(logits, batch.tokens, batch.answer, count)
+            out = model(batch.tokens, batch.mask, batch.prompt_lengths, tasks)              # (B, T, V)
+        loss = sum(objective.total(out, batch) / count for objective, count in zip(objectives, counts))
         loss.backward()
         total += loss.detach()
     team.sum([total] + [p.grad for p in trained if p.grad is not None])
@@ -220,7 +232,7 @@ class Checkpoint:
 
     def __init__(self, out, model, adapters, config, rows):
         self.out, self.model, self.adapters = Path(out), model, adapters
-        data = [(row.ids, row.prompt_length, row.task) for row in rows]
+        data = [(row.ids, row.prompt_length, row.task, row.wrong) for row in rows]
         kinds = [[type(adapter).__name__, adapter.options] for adapter in adapters]
         digests = {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in
                    (("base", asdict(model.config) if config.full else fingerprint(model)), ("data", data))}
