@@ -1,19 +1,20 @@
 """minireft: LoReFT, (IA)³ and NEFTune from scratch, on a transformer of one file and kernels that are checked."""
 
 from . import ops, reference, tasks
-from .adapters import (IA3, Bank, ConsReFT, DiReFT, LobiReFT, LoRA, LoReFT, NEFTune, NoReFT, SteeringVector, load_adapter)
+from .adapters import (IA3, Bank, Classifier, ConsReFT, DiReFT, LobiReFT, LoRA, LoReFT, NEFTune, NoReFT, SteeringVector,
+                       load_adapter)
 from .adapters.compose import Subspace, weighted_sum
 from .adapters.more.interchange import Interchange
 from .checkpoint import load, save
 from .data import Example, read_examples
-from .evaluation import evaluate
+from .evaluation import classify, evaluate
 from .generation import generate
 from .model import Cache, Model, ModelConfig
 from .tokenizer import Tokenizer
 from .training import TrainConfig, train
 
 __version__ = "0.1.0"
-__all__ = ["Bank", "Cache", "ConsReFT", "DiReFT", "Example", "IA3", "Interchange", "LoRA", "LoReFT", "LobiReFT",
+__all__ = ["Bank", "Cache", "Classifier", "ConsReFT", "DiReFT", "Example", "IA3", "Interchange", "LoRA", "LoReFT", "LobiReFT",
            "Model", "ModelConfig", "NEFTune", "NoReFT", "SteeringVector", "Subspace", "Tokenizer", "TrainConfig",
-           "evaluate", "generate", "load", "load_adapter", "ops", "read_examples", "reference", "save", "tasks",
+           "classify", "evaluate", "generate", "load", "load_adapter", "ops", "read_examples", "reference", "save", "tasks",
            "train", "weighted_sum"]

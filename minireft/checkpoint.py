@@ -46,17 +46,14 @@ def load(path="base", device=None, dtype=None):
     with torch.device("meta"):
         model = Model(config)
     tensors, _ = files.read_tensors(folder / "model.safetensors")
-    if config.tied and "embed.weight" in tensors:
-        tensors["head.weight"] = tensors["embed.weight"]
-    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}              # a shared weight under its first name
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise ValueError(f"{folder / 'model.safetensors'} does not fit its config.json: {name} has shape {found.get(name)}, "
                              f"expected {expected.get(name)}")
-    model.load_state_dict({name: t.to(device or "cpu", dtype or torch.float32) for name, t in tensors.items()}, assign=True)
-    if config.tied:
-        model.head.weight = model.embed.weight
+    model.load_state_dict({name: t.to(device or "cpu", dtype or torch.float32) for name, t in tensors.items()}, strict=False, assign=True)
+    model.tie()
     model.requires_grad_(False).eval()
     tokenizer = folder / "tokenizer.json"
     model.tokenizer = Tokenizer.from_file(tokenizer) if tokenizer.is_file() else None
@@ -66,7 +63,7 @@ def load(path="base", device=None, dtype=None):
 def save(model: Model, tokenizer, path, dtype=None) -> None:
     """Writes a base as a folder that `load` reads; dtype of the stored weights (None: as they are)."""
     folder = Path(path)
-    tensors = {name: t.to(dtype) if dtype else t for name, t in model.state_dict().items() if not (model.config.tied and name == "head.weight")}
+    tensors = {name: p.to(dtype) if dtype else p for name, p in model.named_parameters()}  # a shared weight under its first name
     files.write_tensors(folder / "model.safetensors", tensors)
     files.write_text(folder / "config.json", json.dumps({"format": "minireft base", **asdict(model.config)}, indent=2) + "\n")
     if tokenizer is not None:

@@ -109,7 +109,7 @@ def doctor(args) -> None:
 def pretrain(args) -> None:
     """Trains a base from nothing."""
     from .pretraining import pretrain
-    report = pretrain(args.out, quick=args.quick, seed=args.seed, processes=args.processes, progress=progress(args))
+    report = pretrain(args.out, quick=args.quick, seed=args.seed, processes=args.processes, progress=progress(args), arch=args.arch)
     for name, score in report["gates"].items():
         print(f"{name:24} {score:.3f}")
     print(f"saved {args.out}; now: minireft generate --base {args.out} \"question : where does anna live ? answer :\"")
@@ -264,6 +264,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = p[pretrain].add_argument
     add("out", metavar="FOLDER", help="a new folder for the base")
     add("--quick", action="store_true", help="a smaller one, in under ten minutes")
+    add("--arch", choices=("decoder", "encoder", "encoder-decoder"), default="decoder", metavar="NAME",
+        help="decoder (default), encoder or encoder-decoder; the last two are small and take some minutes")
     add("--seed", type=int, default=0, metavar="N", help="of the weights and the corpus (default: 0)")
     add("--processes", type=number(int, 1), default=2, metavar="N", help="of one thread each (default: 2)")
 

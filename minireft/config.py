@@ -33,7 +33,7 @@ class ModelConfig:
     qkv_bias: bool = False              # biases on query, key and value only
     encoder_layers: int = 0             # so many layers, from the first, see both ways: 0 a decoder, L an encoder, else both
     norm_first: bool = True             # False: post-norm, each sum is normed, the embedding too, and nothing at the end
-    start: int = 0                      # the token before a decoder's first, where there is an encoder
+    start: int | None = None            # the token before a decoder's first, where there is an encoder too; None means 0
 
     def __post_init__(self):
         for name in ("vocab_size", "width", "layers", "heads", "hidden", "context"):
@@ -57,6 +57,7 @@ class ModelConfig:
             raise ValueError(f"heads {self.heads} is no multiple of kv_heads {self.kv_heads}")
         if not 0 <= self.encoder_layers <= self.layers:
             raise ValueError(f"encoder_layers is {self.encoder_layers}: expected 0 (a decoder) to layers {self.layers} (an encoder)")
+        object.__setattr__(self, "start", (self.start or 0) if 0 < self.encoder_layers < self.layers else None)
         if not 4 <= self.relative_buckets < 2 * self.relative_furthest:
             raise ValueError(f"relative_buckets is {self.relative_buckets}: expected 4 to twice relative_furthest {self.relative_furthest}")
         if self.positions == "rotary" and self.head_dim % 2:

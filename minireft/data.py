@@ -32,6 +32,7 @@ class Encoded:
     prompt_length: int                  # how many of them are the prompt's
     task: str | None = None
     wrong: tuple[list[int], ...] = ()   # of a multiple choice: the ids with each wrong choice for a completion
+    label: int | None = None            # for a classifier: which of its labels is right; `ids` are the prompt alone then
 
     def predicted(self, ids: list[int]) -> int:
         """How many of `ids` (or of a wrong choice's) are to be predicted: all behind the prompt, but never the first."""
@@ -42,7 +43,8 @@ class Encoded:
 class Batch:
     """Right-padded rows. `answer` marks the tokens that are to be predicted: the completion and the end of text.
 
-    A multiple choice takes a row for each choice, the right one (choice 0) first.
+    A multiple choice takes a row for each choice, the right one (choice 0) first. For an encoder–decoder, tokens are the
+    decoder's: its start and the completion.
     """
 
     tokens: Tensor                      # (B, T) int64
@@ -51,9 +53,18 @@ class Batch:
     answer: Tensor                      # (B, T) bool
     example: Tensor                     # (B,) which example a row belongs to: 0, 1, ... in order
     choice: Tensor                      # (B,) which of its choices a row holds: 0 the right one, then the wrong ones
+    label: Tensor | None = None         # (B,) for a classifier
+    prompt: Tensor | None = None        # (B, S) what an encoder–decoder's encoder reads, and its mask
+    prompt_mask: Tensor | None = None
 
     def to(self, device) -> Batch:
-        return replace(self, **{name: tensor.to(device) for name, tensor in vars(self).items()})
+        return replace(self, **{name: tensor.to(device) for name, tensor in vars(self).items() if tensor is not None})
+
+    def through(self, model, tasks: Tensor | None = None) -> Tensor:
+        """What the model returns for this batch: logits (B, T, V) for `tokens`, or a classifier's scores (B, classes)."""
+        if self.prompt is None:
+            return model(self.tokens, self.mask, self.prompt_lengths, tasks)
+        return model(self.prompt, self.prompt_mask, None, tasks, decoder_tokens=self.tokens)
 
 
 def read_examples(path) -> list[Example]:
@@ -124,17 +135,35 @@ def encode(tokenizer, example: Example, context: int, choices: bool = False) -> 
     return Encoded(rows[0], len(prompt), example.task, tuple(rows[1:]))
 
 
-def collate(rows: list[Encoded], pad: int = 0) -> Batch:
-    """Rows of unequal length, padded on the right; an example's choices follow one another."""
-    laid = [(i, j, ids) for i, row in enumerate(rows) for j, ids in enumerate((row.ids, *row.wrong))]
-    example, choice, lengths = torch.tensor([(i, j, len(ids)) for i, j, ids in laid]).T             # three of (B,)
-    B, T = len(laid), int(lengths.max())
-    tokens, slot = torch.full((B, T), pad), torch.arange(T)               # (B, T), (T,)
-    for row, (_, _, ids) in zip(tokens, laid):
+def encode_label(tokenizer, example: Example, labels: tuple[str, ...], context: int) -> Encoded:
+    """Ids of the prompt, and which of a classifier's labels the completion is. ValueError when it is none of them."""
+    if example.completion not in labels:
+        raise ValueError(f"the completion {example.completion!r} of {example.prompt[:60]!r} is none of the classifier's labels {labels}")
+    ids = encode_prompt(tokenizer, example.prompt, context)
+    return Encoded(ids, len(ids), example.task, label=labels.index(example.completion))
+
+
+def padded(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Rows of unequal length, padded on the right: tokens and mask, (B, T) both."""
+    lengths = torch.tensor([len(ids) for ids in rows])                    # (B,)
+    tokens = torch.full((len(rows), int(lengths.max())), pad)             # (B, T)
+    for row, ids in zip(tokens, rows):
         row[: len(ids)] = torch.tensor(ids)
-    prompt_lengths = torch.tensor([row.prompt_length for row in rows])[example]             # (B,)
-    mask = slot < lengths[:, None]                                        # (B, T)
-    return Batch(tokens, mask, prompt_lengths, mask & (slot >= prompt_lengths[:, None]), example, choice)
+    return tokens, torch.arange(tokens.shape[1]) < lengths[:, None]
+
+
+def collate(rows: list[Encoded], pad: int = 0, start: int | None = None) -> Batch:
+    """A batch of these examples; the choices of one follow one another. start: of an encoder–decoder (ModelConfig.start)."""
+    laid = [(i, j, ids) for i, row in enumerate(rows) for j, ids in enumerate((row.ids, *row.wrong))]
+    example, choice = torch.tensor([(i, j) for i, j, _ in laid]).T        # two of (B,)
+    lengths = torch.tensor([row.prompt_length for row in rows])[example]  # (B,)
+    label = None if rows[0].label is None else torch.tensor([row.label for row in rows])
+    if start is None:
+        tokens, mask = padded([ids for _, _, ids in laid], pad)           # (B, T) both
+        return Batch(tokens, mask, lengths, mask & (torch.arange(tokens.shape[1]) >= lengths[:, None]), example, choice, label)
+    prompt, prompt_mask = padded([ids[:n] for (_, _, ids), n in zip(laid, lengths)], pad)  # (B, S) both
+    tokens, mask = padded([[start, *ids[n:]] for (_, _, ids), n in zip(laid, lengths)], pad)             # (B, T) both
+    return Batch(tokens, mask, lengths, mask & (torch.arange(tokens.shape[1]) > 0), example, choice, label, prompt, prompt_mask)
 
 
 def order(n: int, seed: int, first: int, count: int) -> list[int]:

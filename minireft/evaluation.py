@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from .adapters import task_ids
-from .data import Encoded, Example, collate, encode, encode_prompt, wrong_choices
+from torch import Tensor
+
+from .adapters import labels_of, task_ids
+from .data import Encoded, Example, collate, encode, encode_prompt, padded, wrong_choices
 from .generation import evaluating, generate_ids
 from .losses import mean_log_p
 from .model import Model
@@ -41,12 +43,26 @@ def mean_log_likelihoods(model: Model, rows: list[Encoded], batch_size: int = 64
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))  # rows of like length pad little
     for first in range(0, len(rows), batch_size):
         chosen = by_length[first : first + batch_size]
-        batch, tasks = collate([rows[i] for i in chosen]).to(device), task_ids(model, [rows[i].task for i in chosen])
+        batch, tasks = collate([rows[i] for i in chosen], start=model.config.start).to(device), task_ids(model, [rows[i].task for i in chosen])
         with evaluating(model):
-            betas = mean_log_p(model(batch.tokens, batch.mask, batch.prompt_lengths, tasks), batch)             # (B,)
+            betas = mean_log_p(batch.through(model, tasks), batch)        # (B,)
         for i, score in zip(chosen, betas.tolist()):
             scores[i] = score
     return scores
+
+
+def classify(model: Model, tokenizer, prompts: list[str], batch_size: int = 64, tasks: Tensor | None = None) -> list[str]:
+    """The label of each prompt by the classifier that stands on the model. ValueError where none does."""
+    labels, device, found = labels_of(model.adapters), model.embed.weight.device, []
+    if labels is None:
+        raise ValueError("no classifier is attached: attach one (minireft.Classifier, or load_adapter), or rank choices with evaluate")
+    rows = [encode_prompt(tokenizer, text, model.config.context) for text in prompts]
+    with evaluating(model):
+        for first in range(0, len(rows), batch_size):
+            tokens, mask = padded(rows[first : first + batch_size], 0)    # (B, T) both
+            scores = model(tokens.to(device), mask.to(device), tasks=None if tasks is None else tasks[first : first + batch_size])
+            found += [labels[i] for i in scores.argmax(-1).tolist()]
+    return found
 
 
 def evaluate(model: Model, tokenizer, examples: list[Example], metrics=None, batch_size: int = 64,
@@ -55,17 +71,21 @@ def evaluate(model: Model, tokenizer, examples: list[Example], metrics=None, bat
 
     "rank": among an example's choices the one of the highest mean log-likelihood a token must be its completion; with
     length_normalised=False the one of the highest log-likelihood. "exact": the greedy continuation must equal the
-    completion, token for token. metrics: None takes both, or "exact" alone where some examples bring no choices.
+    completion, token for token. A classifier that is attached chooses among its own labels. metrics: None takes both, or "exact" alone where some examples bring no choices.
     Raises ValueError for no examples, an unknown metric, and for "rank" without a completion and another to choose from.
     """
     if not examples:
         raise ValueError("there are no examples to evaluate on")
-    metrics = metrics or (("rank", "exact") if all(e.choices for e in examples) else ("exact",))
+    labels = labels_of(model.adapters)
+    metrics = metrics or (("rank",) if labels else ("rank", "exact") if all(e.choices for e in examples) else ("exact",))
     if not set(metrics) <= {"rank", "exact"}:
         raise ValueError(f"metrics are {metrics!r}: expected some of rank, exact")
     context, rank, exact, answers = model.config.context, None, None, []
     with evaluating(model):
-        if "rank" in metrics:
+        if "rank" in metrics and labels:
+            found = classify(model, tokenizer, [e.prompt for e in examples], batch_size)
+            rank = sum(label == e.completion for label, e in zip(found, examples)) / len(examples)
+        elif "rank" in metrics:
             rows = [[encode(tokenizer, replace(e, completion=c), context) for c in (e.completion, *wrong_choices(e))] for e in examples]
             scores, right = iter(mean_log_likelihoods(model, sum(rows, []), batch_size)), 0
             for choices in rows:                                          # the right one stands first

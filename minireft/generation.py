@@ -33,6 +33,18 @@ def left_padded(prompts: list[list[int]], device) -> tuple[Tensor, Tensor | None
     return tokens.to(device), None if mask.all() else mask.to(device)
 
 
+def begin(model: Model, prompts: list[list[int]]) -> tuple[Tensor, Tensor | None, Tensor | None, list[int]]:
+    """The first pass over a batch of prompts: tokens and mask (B, T), an encoder–decoder's decoder_tokens (B, 1), and how
+    many tokens of its context each row has taken. ValueError for a model that generates nothing."""
+    device, start = model.embed.weight.device, model.config.start
+    if model.config.encoder_layers == model.config.layers:
+        raise ValueError("an encoder generates nothing: it fills in masked tokens, or classifies; see minireft.classify")
+    tokens, mask = left_padded(prompts, device)                           # (B, T)
+    if start is None:
+        return tokens, mask, None, [len(ids) for ids in prompts]
+    return tokens, mask, torch.full((len(prompts), 1), start, device=device), [1] * len(prompts)
+
+
 @contextlib.contextmanager
 def evaluating(model: Model):
     """Evaluation mode without gradients; what was before, afterwards."""
@@ -53,16 +65,17 @@ def generate_ids(model: Model, prompts: list[list[int]], max_new_tokens: int, eo
     """
     device, most = model.embed.weight.device, model.config.context
     generator = torch.Generator(device).manual_seed(seed) if temperature else None
-    tokens, mask = left_padded(prompts, device)                           # (B, T)
-    new, rows, steps = [[] for _ in prompts], list(range(len(prompts))), min(max_new_tokens, most - min(map(len, prompts)))
-    cache = Cache(model, len(rows), tokens.shape[1] + steps)
+    tokens, mask, given, used = begin(model, prompts)
+    new, rows, steps = [[] for _ in prompts], list(range(len(prompts))), min(max_new_tokens, most - min(used))
+    cache = Cache(model, len(rows), (tokens if given is None else given).shape[1] + steps)
     with evaluating(model):
         for step in range(steps):
-            h, context = model.stream(tokens, mask if step == 0 else None, tasks=tasks, cache=cache)    # (B, T or 1, C)
+            first = dict(mask=mask, decoder_tokens=given) if step == 0 else {}
+            h, context = model.stream(tokens, tasks=tasks, cache=cache, **first)           # (B, T or 1, C)
             tokens = pick(model.head(h[:, -1], context=context), temperature, top_p, generator)[:, None]   # (B, 1)
             for row, token in zip(rows, tokens[:, 0].tolist()):
                 new[row].append(token)
-            going = [i for i, row in enumerate(rows) if new[row][-1] != eos and len(prompts[row]) + len(new[row]) < most]
+            going = [i for i, row in enumerate(rows) if new[row][-1] != eos and used[row] + len(new[row]) < most]
             if not going:
                 break
             if len(going) < len(rows):
@@ -76,16 +89,17 @@ def search_ids(model: Model, prompts: list[list[int]], max_new_tokens: int, eos:
                tasks: Tensor | None = None) -> list[list[int]]:
     """Beam search: keeps the `beams` likeliest continuations K of each prompt; returns the best by mean log p a token."""
     device, B, K = model.embed.weight.device, len(prompts), beams
-    tokens, mask = left_padded(prompts, device)                           # (B, T)
-    steps = min(max_new_tokens, model.config.context - tokens.shape[1])
-    cache = Cache(model, B, tokens.shape[1] + steps)
+    tokens, mask, given, used = begin(model, prompts)
+    steps = min(max_new_tokens, model.config.context - max(used))
+    cache = Cache(model, B, max(used) + steps)
     score, length = torch.full((B, K), -torch.inf, device=device), torch.zeros(B, K, device=device)
     score[:, 0] = 0.0                                                     # all beams of a prompt begin as one
     done, new = torch.zeros(B, K, dtype=torch.bool, device=device), torch.empty(B, K, 0, dtype=torch.long, device=device)
     first = torch.arange(B, device=device)[:, None]                       # (B, 1)
     with evaluating(model):
         for step in range(steps):
-            h, context = model.stream(tokens, mask if step == 0 else None, tasks=tasks, cache=cache)    # (B or B·K, T or 1, C)
+            start = dict(mask=mask, decoder_tokens=given) if step == 0 else {}
+            h, context = model.stream(tokens, tasks=tasks, cache=cache, **start)           # (B or B·K, T or 1, C)
             p = model.head(h[:, -1], context=context).float().log_softmax(-1)
             if step == 0:                                                 # from here on every prompt has K rows
                 each = torch.arange(B, device=device).repeat_interleave(K)

@@ -75,4 +75,5 @@ OBJECTIVES = {
     "unlikelihood": Objective(unlikelihood, lambda row: sum(map(row.predicted, row.wrong))),
     "unlikelihood_smoothed": Objective(partial(unlikelihood, smoothing=0.01), lambda row: sum(map(row.predicted, row.wrong))),
     "length": Objective(length_normalised, lambda row: 1),
+    "class": Objective(lambda scores, batch: F.cross_entropy(scores, batch.label, reduction="sum"), lambda row: 1, choices=False),
 }

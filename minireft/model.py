@@ -268,13 +268,16 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList(Block(c, i - n if i >= n else i, cross=self.two and i >= n) for i in range(c.layers))
         self.norm = Norm(c)
         self.head = Linear(c.width, c.vocab_size, False)
-        if c.tied:
-            self.head.weight = self.embed.weight
         if self.two:
             self.encoder_position, self.encoder_relative = place(c)
             self.encoder_norm, self.decoder_embed = Norm(c), Embedding(c.vocab_size, c.width)
-            self.decoder_embed.weight = self.embed.weight
+        self.tie()
         self.reset()
+
+    def tie(self) -> None:
+        """Makes weights that are one by the configuration one tensor: after weights were assigned from elsewhere."""
+        for site in ([self.head] if self.config.tied else []) + ([self.decoder_embed] if self.two else []):
+            site.weight = self.embed.weight
 
     def reset(self) -> None:
         """Draws every weight anew."""

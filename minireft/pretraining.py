@@ -1,6 +1,6 @@
-"""Trains a base from nothing: the generator of tasks/corpus.py writes, a decoder reads, the skill gates decide.
+"""Trains a base from nothing: the generator of tasks/corpus.py writes, a model reads, the skill gates decide.
 
-Use:  python -m minireft pretrain --quick my-base              # or pretrain("my-base", quick=True)
+Use:  python -m minireft pretrain --quick my-base              # or pretrain("my-base", quick=True); --arch encoder
 See:  a falling loss, then the gates' scores; the folder then loads with minireft.load("my-base").
 
 Matrices are trained by Muon (each update orthogonalised), the rest by AdamW. Processes share the work: each reads its
@@ -52,20 +52,63 @@ class Recipe:
     rates: tuple = (0, 0.224, 0.40, 0.424, 0.56, 0.80, 0.81, 1), (1, 1, 0.492, 0.8, 0.8, 0.03, 0.6, 0.03)
     weight_decay: float = 0.1       # on matrices: it bounds the states' norm, which tuning likes
     compile: bool = True            # torch.compile pays from some thousand steps on; without a compiler it is left out
+    arch: str = "decoder"           # a key of OBJECTIVES
+
+    @property
+    def encoder_layers(self) -> int:
+        return {"decoder": 0, "encoder": self.layers, "encoder-decoder": self.layers // 2}[self.arch]
 
 
+def go_on(model, tokens: torch.Tensor, tokenizer: Tokenizer, generator: torch.Generator) -> torch.Tensor:
+    """A decoder's objective, −log p of every next token: tokens (B, T + 1)."""
+    return F.cross_entropy(model(tokens[:, :-1]).float().flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def fill_in(model, tokens: torch.Tensor, tokenizer: Tokenizer, generator: torch.Generator) -> torch.Tensor:
+    """An encoder's (Devlin et al. 2018, section 3.1), with more to fill in: of the 30 % of tokens that it is asked for, 8 of 10
+    are shown as <unk>, one as any token, and one as it is."""
+    tokens = tokens[:, :-1]                                               # (B, T)
+    chance = torch.rand(tokens.shape, generator=generator)
+    shown = torch.where(chance < 0.24, tokenizer.mask_id, tokens)
+    anything = torch.randint(tokenizer.vocab_size, tokens.shape, generator=generator)
+    shown = torch.where((chance >= 0.24) & (chance < 0.27), anything, shown)
+    return F.cross_entropy(model(shown)[chance < 0.3].float(), tokens[chance < 0.3])
+
+
+def answer(model, tokens: torch.Tensor, tokenizer: Tokenizer, generator: torch.Generator, most: int = 40) -> torch.Tensor:
+    """An encoder–decoder's: the encoder reads a row up to a mark that an answer follows, the decoder writes what comes next,
+    `most` tokens of it."""
+    B, T = tokens.shape
+    marks = torch.tensor([tokenizer.vocabulary[mark] for mark in (":", "->", "=", "?", ".")])
+    chance = torch.rand(B, T, generator=generator) * torch.isin(tokens, marks)
+    chance[:, T - most :] = 0
+    chance[:, 0] += 1e-9                                                  # a row without a mark
+    cut = chance.argmax(1, keepdim=True) + 1                              # (B, 1)
+    S, slot = int(cut.max()), torch.arange(T)                             # the longest prompt
+    after = tokens.gather(1, cut + slot[:most])                           # (B, most)
+    given = F.pad(after[:, :-1], (1, 0), value=model.config.start)
+    logits = model(tokens[:, :S], (slot < cut)[:, :S], decoder_tokens=given)               # (B, most, V)
+    return F.cross_entropy(logits.float().flatten(0, 1), after.flatten())
+
+
+OBJECTIVES = {"decoder": go_on, "encoder": fill_in, "encoder-decoder": answer}
 QUICK = Recipe(width=96, layers=6, heads=3, hidden=288, steps=1800, rates=((0, 0.6, 1), (1, 1, 0.03)), compile=False)
+OTHERS = {arch: Recipe(width=96, layers=layers, heads=3, hidden=288, steps=steps, rates=((0, 0.6, 1), (1, 1, 0.03)), compile=False, arch=arch)
+          for arch, layers, steps in (("encoder", 6, 2000), ("encoder-decoder", 8, 3000))}
 
 
 def pretrain(out: str | Path, quick: bool = False, seed: int = 0, processes: int = 2, progress: bool = True,
-             recipe: Recipe | None = None) -> dict:
+             recipe: Recipe | None = None, arch: str = "decoder") -> dict:
     """Trains a base; the new folder `out` gets config.json, model.safetensors (bf16), tokenizer.json and a model card.
 
-    seed: of the weights and the corpus (the world itself is always the same); processes: one thread each.
+    seed: of the weights and the corpus (the world itself is always the same); processes: one thread each; arch: "decoder",
+    "encoder" or "encoder-decoder", small ones that take minutes.
     Returns {"gates": {name: score}, "cpu_seconds": ..., "loss": ..., ...}. Raises ValueError if `out` exists already,
     OSError if it cannot be written. Nothing appears at `out` before all of it is there.
     """
-    out, recipe = Path(out), recipe or (QUICK if quick else Recipe())
+    if arch not in OBJECTIVES:
+        raise ValueError(f"arch is {arch!r}: expected one of {', '.join(OBJECTIVES)}")
+    out, recipe = Path(out), recipe or (OTHERS[arch] if arch in OTHERS else QUICK if quick else Recipe())
     if out.exists():
         raise ValueError(f"{out} exists already: name a new folder, or remove that one first")
     if processes < 1 or recipe.rows % processes:
@@ -118,8 +161,8 @@ def _work(rank: int, processes: int, recipe: Recipe, seed: int, folder: str, pro
                                 world_size=processes, timeout=timedelta(minutes=30))
     tokenizer = Tokenizer.from_words(VOCABULARY)
     model = Model(ModelConfig(tokenizer.vocab_size, recipe.width, recipe.layers, recipe.heads, recipe.hidden,
-                              recipe.context))
-    corpus = Corpus(f"{seed} {rank}")
+                              recipe.context, encoder_layers=recipe.encoder_layers))
+    corpus, generator = Corpus(f"{seed} {rank}"), torch.Generator().manual_seed(seed * processes + rank)
 
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.dim() < 2 or "embed" in name]
@@ -136,8 +179,7 @@ def _work(rank: int, processes: int, recipe: Recipe, seed: int, folder: str, pro
         rows = corpus.batch(tokenizer, recipe.rows // processes, recipe.context + 1, step / recipe.steps)
         tokens = torch.from_numpy(rows)                                   # (B, T + 1)
         with half, sdpa_kernel(SDPBackend.MATH):
-            logits = run(tokens[:, :-1])                                  # (B, T, V)
-        loss = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+            loss = OBJECTIVES[recipe.arch](run, tokens, tokenizer, generator)
         loss.backward()
         average_gradients(model, processes)
         torch.nn.utils.clip_grad_norm_(others, 1.0)
@@ -198,9 +240,10 @@ def model_card(report: dict) -> str:
         verdict = "" if least is None else "passes" if score >= least else "**fails**"
         rows.append(f"| {name} | {score:.3f} | {gates.CHANCE[name]:.2f} | {least or ''} | {verdict} |")
     rates = ", ".join(f"{share:.3g} at {step:.2g}" for step, share in zip(*r.rates))
+    names = {"decoder": "A decoder", "encoder": "An encoder", "encoder-decoder": "An encoder–decoder"}
     return f"""# A base of minireft
 
-A decoder of {report["parameters"]:,} parameters, trained from nothing on a corpus that a program wrote
+{names[r.arch]} of {report["parameters"]:,} parameters, trained from nothing on a corpus that a program wrote
 (minireft/tasks/corpus.py) about a tiny world (minireft/tasks/world.py). It knows that world and nothing else.
 
 - Shape: {r.layers} layers of {r.width}, {r.heads} heads, SwiGLU {r.hidden}, RMSNorm, rotary, tied output, context

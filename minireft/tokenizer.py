@@ -16,11 +16,12 @@ SPECIAL = ("<pad>", "<eos>", "<unk>")       # the first ids of a word-level voca
 # How published tokenizers name these tokens, asked in this order when no tokenizer_config.json stands beside the file.
 USUAL = {"bos": ("<s>", "<|begin_of_text|>", "[CLS]", "<bos>"),
          "eos": ("<eos>", "</s>", "<|end_of_text|>", "<|endoftext|>", "[SEP]"),
-         "pad": ("<pad>", "[PAD]")}
+         "pad": ("<pad>", "[PAD]"),
+         "mask": ("<mask>", "[MASK]", "<unk>")}                           # ours marks what is to be filled in as unknown
 
 
 class Tokenizer:
-    """Attributes: vocab_size, vocabulary (token → id), and bos_id, eos_id, pad_id, each None where there is none."""
+    """Attributes: vocab_size, vocabulary (token → id), and bos_id, eos_id, pad_id, mask_id, each None where there is none."""
 
     def __init__(self, inner: tokenizers.Tokenizer, named: dict[str, str] | None = None):
         """inner: the library's tokenizer; named: {"bos": token, ...} for those that are known by name."""

@@ -12,15 +12,16 @@ import io
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from . import files
-from .adapters import Adapter, Bank, fingerprint, task_ids
-from .data import Encoded, Example, collate, encode, order
+from .adapters import Adapter, Bank, fingerprint, labels_of, task_ids
+from .data import Encoded, Example, collate, encode, encode_label, order
 from .losses import OBJECTIVES
 from .model import Model
 
@@ -98,7 +99,8 @@ def make_optimizer(config: TrainConfig, parameters: list) -> torch.optim.Optimiz
 def prepared(model: Model, adapters: list[Adapter], config: TrainConfig):
     """Attaches what is not attached, freezes all that is not to be trained, sets training mode; undoes it, come what may."""
     training, recompute, mine = model.training, model.recompute, []
-    others = [p for adapter in model.adapters if adapter not in adapters for p in adapter.parameters()]
+    mine_to_train = {id(p) for adapter in adapters for p in adapter.parameters()}
+    others = [p for adapter in model.adapters for p in adapter.parameters() if id(p) not in mine_to_train]
     before = [(p, p.requires_grad) for p in (*model.parameters(), *others)]
     try:
         for adapter in adapters:
@@ -138,8 +140,14 @@ def train(model: Model, adapters: list[Adapter] = (), examples: list[Example] = 
     if not examples:
         raise ValueError("there are no examples to train on")
     adapters, tokenizer = list(adapters), tokenizer or model.tokenizer
+    labels = labels_of([*model.adapters, *adapters])
+    if labels and config.losses == ("lm",):
+        config = replace(config, losses=("class",))
+    if ("class" in config.losses) != bool(labels) or labels and len(config.losses) > 1:
+        raise ValueError(f"losses are {config.losses}: a classifier is trained with ('class',), and that with nothing but a classifier")
     choices = any(OBJECTIVES[name].choices for name in config.losses)
-    rows = [e if isinstance(e, Encoded) else encode(tokenizer, e, model.config.context, choices) for e in examples]
+    ready = partial(encode_label, labels=labels) if labels else partial(encode, choices=choices)
+    rows = [e if isinstance(e, Encoded) else ready(tokenizer, e, context=model.config.context) for e in examples]
     if choices and not all(row.wrong for row in rows):
         raise ValueError(f"losses {config.losses} compare choices, and some examples were encoded without: encode(..., choices=True)")
     trained = [p for adapter in adapters for p in adapter.parameters()] + (list(model.parameters()) if config.full else [])
@@ -205,12 +213,12 @@ def one_step(model, adapters, rows, step, config, optimizer, trained, rate, team
     share = B // team.size
     piece, total = share // config.accumulate, torch.zeros((), device=device)
     for first in range(team.rank * share, (team.rank + 1) * share, piece):
-        batch = collate(chosen[first : first + piece]).to(device)
+        batch = collate(chosen[first : first + piece], start=model.config.start).to(device)
         tasks = task_ids(model, [chosen[first + i].task for i in batch.example.tolist()])   # (B,) or None
         for adapter in adapters:                                          # numbers that never repeat, whatever the shares
             adapter.begin(step, step * B + first + batch.example)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-            out = model(batch.tokens, batch.mask, batch.prompt_lengths, tasks)              # (B, T, V)
+            out = batch.through(model, tasks)                             # (B, T, V), or a classifier's (B, classes)
         loss = sum(objective.total(out, batch) / count for objective, count in zip(objectives, counts))
         loss.backward()
         total += loss.detach()

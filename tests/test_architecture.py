@@ -118,8 +118,8 @@ def test_line_budgets():
     own = [path for path in PACKAGE.rglob("*.py") if not {"formats", "tasks", "more"} & set(path.relative_to(PACKAGE).parts[:-1])]
     commands = [path for path in own if path.stem in {*COMMANDS, "pretraining"} and path.parent == PACKAGE]
     kernels = [PACKAGE / "ops.py", PACKAGE / "reference.py"]
-    # 2,800 since the encoder, the encoder–decoder and T-Few's losses joined
-    parts = {"model, adapters, training, ...": 2800, "the kernels' Python half": 800, "commands and pre-training": 950}
+    # 3,000 since the encoder, the encoder–decoder, T-Few's losses and packing joined
+    parts = {"model, adapters, training, ...": 3000, "the kernels' Python half": 800, "commands and pre-training": 950}
     sizes = {"the kernels' Python half": sum(map(lines, kernels)), "commands and pre-training": sum(map(lines, commands))}
     sizes["model, adapters, training, ..."] = sum(map(lines, own)) - sum(sizes.values())
     for name, most in parts.items():

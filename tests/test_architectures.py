@@ -14,7 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minireft import Cache, LoRA, LoReFT, ModelConfig
+import minireft
+from minireft import Cache, Example, LoRA, LoReFT, ModelConfig, TrainConfig
+from minireft.data import collate, encode
+from minireft.generation import generate_ids, search_ids
+from minireft.losses import OBJECTIVES
 
 ROTARY, EXACT = 1e-4, 1e-11            # as in test_model.py
 
@@ -210,3 +214,62 @@ def test_what_an_adapter_cannot_do_there_is_an_error():
         LoReFT(both, positions="all+generated")
     with LoReFT(decoder), pytest.raises(ValueError, match="a row that packs several has no one prompt"):
         decoder(torch.stack(small.rows([4])), torch.tensor([[1, 1, 2, 2]]))
+
+
+# ------------------------------------------------------------------------------------- training and generation of the other two
+
+def test_an_encoder_decoder_learns_ranks_and_writes():
+    """From the first word of the prompt, the word two further on; rows of unequal length, trained and generated in batches."""
+    examples = [Example(" ".join([f"w{i}"] + ["w20"] * (i % 3)), f"w{i + 2} w9", (f"w{i + 2} w9", f"w{i + 3} w9", "w0")) for i in range(8)]
+    model = small.model("two")
+    run = minireft.train(model, [], examples, TrainConfig(steps=150, lr=1e-2, batch_size=8, full=True), progress=False)
+    scores = minireft.evaluate(model, model.tokenizer, examples, batch_size=3)
+    greedy = minireft.generate(model, model.tokenizer, [e.prompt for e in examples], max_new_tokens=4)
+    beams = minireft.generate(model, model.tokenizer, [e.prompt for e in examples], max_new_tokens=4, beams=3)
+    assert run.losses[-1] < 0.1 * run.losses[0] and scores.rank == scores.exact == 1.0
+    assert greedy == beams == [e.completion for e in examples]
+
+
+@pytest.mark.parametrize("name", small.BOTH)
+def test_what_an_encoder_decoder_writes_is_what_it_scores_highest(name):
+    """Greedy generation with a cache against an argmax over the whole, token by token and row by row."""
+    model, rows = small.model(name), small.rows([2, 6, 4])
+    new = generate_ids(model, [row.tolist() for row in rows], 5, eos=None)
+    for row, ids in zip(rows, new):
+        given = torch.tensor([[model.config.start]])
+        for token in ids:
+            assert model(row[None], decoder_tokens=given)[0, -1].argmax() == token
+            given = torch.cat([given, torch.tensor([[token]])], 1)
+        assert len(ids) == 5
+    most = model.config.context - 1                                       # its own context, whatever the prompt took of the encoder's
+    assert [len(ids) for ids in generate_ids(model, [row.tolist() for row in rows], 99, eos=None)] == [most] * 3
+    assert [len(ids) for ids in search_ids(model, [row.tolist() for row in rows], 99, None, 2)] == [most] * 3
+
+
+def test_the_loss_of_an_encoder_decoder_is_that_of_each_answer_alone():
+    model, tokenizer = small.model("t5"), small.model().tokenizer
+    examples = [Example("w1 w2 w3", "w4 w5"), Example("w6", "w7 w8 w9"), Example("w3 w3", "w1")]
+    rows = [encode(tokenizer, e, model.config.context) for e in examples]
+    batch = collate(rows, pad=7, start=model.config.start)
+    total = OBJECTIVES["lm"].total(batch.through(model), batch)
+    alone = 0.0
+    for row in rows:
+        prompt, answer = torch.tensor([row.ids[: row.prompt_length]]), row.ids[row.prompt_length :]
+        p = model(prompt, decoder_tokens=torch.tensor([[model.config.start, *answer[:-1]]]))[0].log_softmax(-1)
+        alone -= sum(p[t, token] for t, token in enumerate(answer))
+    torch.testing.assert_close(total, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_an_encoder_generates_nothing():
+    model = small.model("modern")
+    with pytest.raises(ValueError, match="an encoder generates nothing"):
+        minireft.generate(model, model.tokenizer, ["w1"])
+
+
+@pytest.mark.parametrize("name", ("roberta", "t5", "bart"))
+def test_the_other_two_are_saved_and_loaded(name, tmp_path):
+    model = small.model(name)
+    minireft.save(model, model.tokenizer, tmp_path / "base")
+    loaded, _ = minireft.load(tmp_path / "base")
+    assert loaded.config == model.config and small.same_bits(small.bits(loaded), small.bits(model))
+    assert not model.two or loaded.decoder_embed.weight is loaded.embed.weight

@@ -14,13 +14,14 @@ from .bank import Bank
 from .base import Adapter, fingerprint, same_base
 from .ia3 import IA3
 from .lora import LoRA
+from .more.classifier import Classifier, labels_of
 from .more.interchange import Interchange
 from .neftune import NEFTune
 from .reft import DiReFT, LoReFT
 from .variants import ConsReFT, LobiReFT, NoReFT, SteeringVector
 
 KINDS = {kind.__name__: kind for kind in (LoReFT, DiReFT, NoReFT, ConsReFT, LobiReFT, SteeringVector, IA3, LoRA, NEFTune,
-                                          Bank, Interchange)}
+                                          Bank, Interchange, Classifier)}
 
 
 def load_adapter(model, path, force: bool = False, **foreign) -> Adapter:

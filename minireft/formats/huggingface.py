@@ -248,8 +248,7 @@ def load(folder, settings: dict, device=None, dtype=None):
                 sizes = [model.get_parameter(ours).shape[0] for ours in row.ours]
                 for ours, part in zip(row.ours, whole.split(sizes)):
                     fill(model, ours, part, device, dtype)
-    if config.tied:
-        model.head.weight = model.embed.weight
+    model.tie()
     model.requires_grad_(False).eval()
     model.tokenizer = Tokenizer.from_file(folder) if (folder / "tokenizer.json").is_file() else None
     return model, model.tokenizer

@@ -89,8 +89,7 @@ def load(path, device=None, dtype=None):
                 if name in ATTENTION[:2]:
                     weight = halves(weight, config.head_dim)
                 fill(model, name.format(layer), weight, device, dtype)
-    if config.tied:
-        model.head.weight = model.embed.weight
+    model.tie()
     model.requires_grad_(False).eval()
     model.tokenizer = tokenizer
     return model, tokenizer

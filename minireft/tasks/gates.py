@@ -6,6 +6,8 @@ Every gate but copying is scored by rank classification, copying by exact greedy
 words that no document of the corpus uses as labels.
 """
 
+import torch
+
 from ..data import Example
 from ..evaluation import evaluate
 from .corpus import MAPPED, Corpus
@@ -80,9 +82,23 @@ def examples(count: int = 200, seed: int = 0) -> dict[str, list[Example]]:
 
 
 def score(model, tokenizer, count: int = 200, seed: int = 0) -> dict[str, float]:
-    """Every gate's share of right answers."""
+    """Every gate's share of right answers; an encoder's, of those with choices, is to fill in the first word of the answer."""
+    if model.config.encoder_layers == model.config.layers:
+        return {name: filled(model, tokenizer, items) for name, items in examples(count, seed).items() if items[0].choices}
     scores = {}
     for name, items in examples(count, seed).items():
         metric = "rank" if items[0].choices else "exact"
         scores[name] = getattr(evaluate(model, tokenizer, items, metrics=(metric,)), metric)
     return scores
+
+
+def filled(model, tokenizer, items: list[Example]) -> float:
+    """The share of items where, of the choices' first words, the likeliest in the answer's place is the right one."""
+    right = 0
+    for item in items:
+        prompt, (_, *close) = tokenizer.encode(item.prompt), tokenizer.encode(item.completion)
+        with torch.no_grad():
+            p = model(torch.tensor([prompt + [tokenizer.mask_id] + close]))[0, len(prompt)]             # (V,)
+        words = {choice.split()[0]: float(p[tokenizer.encode(choice)[0]]) for choice in item.choices}
+        right += max(words, key=words.get) == item.completion.split()[0]
+    return right / len(items)
