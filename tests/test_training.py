@@ -6,6 +6,7 @@ See:  runs that were interrupted at any step end in the bits of the run that was
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import small
@@ -398,3 +399,116 @@ def test_rows_without_a_prompt_learn_from_all_but_the_first_token():
     losses = [F.cross_entropy(model(torch.tensor([row.ids]))[0, :-1], torch.tensor(row.ids[1:]), reduction="sum").item() for row in rows]
     run = train(model, [LoReFT(model, positions="l1")], rows, config(steps=1, batch_size=2), **QUIET)
     assert run.losses[0] == pytest.approx(sum(losses) / 4, rel=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------- choices to compare (T-Few)
+
+def lesson():
+    """Examples with one to three wrong choices of unequal lengths, so that no two pieces of a batch hold equally many tokens."""
+    text = lambda i, n: " ".join(f"w{(5 * i + 3 * j + n) % 20}" for j in range(n))
+    return [Example(text(i, 1 + i % 4), text(i, 1 + i % 3), tuple(text(i, n) for n in range(1, 2 + max(1, i % 4))) + (text(i + 1, 1 + i % 2), text(i, 1 + i % 3)))
+            for i in range(9)]
+
+
+TFEW = dict(losses=("lm", "unlikelihood", "length"))
+
+
+def test_the_losses_are_summed_over_the_whole_batch():
+    """Every example and choice by itself, without padding; each loss divided by its own count over the batch."""
+    for losses in (("lm",), ("unlikelihood",), ("length",), TFEW["losses"]):
+        model = small.model()
+        (adapter,) = adapters_for("LoReFT", model)
+        rows, expected = [encode(model.tokenizer, e, small.CONTEXT, choices=True) for e in lesson()], []
+        for i in order(len(rows), 0, 0, 8):
+            def terms(ids):
+                p = model(torch.tensor([ids]), prompt_lengths=torch.tensor([rows[i].prompt_length]))[0].double().log_softmax(-1)
+                return [p[t - 1, ids[t]].item() for t in range(rows[i].prompt_length, len(ids))]
+            expected.append([terms(ids) for ids in (rows[i].ids, *rows[i].wrong)])
+        means = [[sum(terms) / len(terms) for terms in example] for example in expected]
+        wrong = [-math.log1p(-math.exp(p)) for example in expected for terms in example[1:] for p in terms]
+        right = [-p for example in expected for p in example[0]]
+        parts = {"lm": sum(right) / len(right), "unlikelihood": sum(wrong) / len(wrong),
+                 "length": sum(math.log(sum(map(math.exp, m))) - m[0] for m in means) / 8}
+        run = train(model, [adapter], lesson(), config(steps=1, batch_size=8, losses=losses), **QUIET)
+        assert run.losses[0] == pytest.approx(sum(parts[name] for name in losses), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ("unlikelihood", "length", "all"))
+def test_pieces_of_a_batch_make_the_same_step(name):
+    results = []
+    for accumulate in (1, 4):
+        model = small.model()
+        (adapter,) = adapters_for("IA3 by Adafactor", model)
+        settings = config(steps=4, batch_size=8, accumulate=accumulate, losses=TFEW["losses"] if name == "all" else (name,), optimizer="adafactor")
+        results.append((train(model, [adapter], lesson(), settings, **QUIET).losses, state(model, [adapter])))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-4) and results[0][0][-1] != results[0][0][0]
+    for key, tensor in results[0][1].items():
+        torch.testing.assert_close(results[1][1][key], tensor, atol=2e-4, rtol=1e-3, msg=key)
+
+
+def test_choices_share_their_example_number_and_task(monkeypatch):
+    model, told, seen = small.model(), [], []
+    adapters = {name: small.randomise(LoReFT(model, rank=2), seed=i) for i, name in enumerate(("one", "two"))}
+    bank, forward = minireft.Bank(adapters), model.forward
+    monkeypatch.setattr(NEFTune, "begin", lambda self, step, rows: told.append(rows.tolist()))
+    monkeypatch.setattr(model, "forward", lambda tokens, mask, lengths, tasks: seen.append(tasks.tolist()) or forward(tokens, mask, lengths, tasks))
+    examples = [replace(e, task=("one", "two")[i % 2]) for i, e in enumerate(lesson())]
+    train(model, [bank, NEFTune(model)], examples, config(steps=2, batch_size=4, accumulate=2, **TFEW), **QUIET)
+    numbers = [number for rows in told for number in rows]
+    assert sorted(set(numbers)) == list(range(8)) and len(numbers) > 16   # one number for all choices of an example
+    chosen = order(9, 0, 0, 8)
+    assert [task for rows in seen for task in rows] == [chosen[number] % 2 for number in numbers]
+
+
+def test_interrupted_runs_with_choices_resume_and_other_choices_are_other_data(tmp_path, stop):
+    settings = config(optimizer="adafactor", **TFEW)
+    model, adapters = fresh("IA3 by Adafactor")
+    whole = train(model, adapters, lesson(), settings, **QUIET)
+    expected = state(model, adapters)
+    model, adapters = fresh("IA3 by Adafactor")
+    stop(3, "middle", KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, adapters, lesson(), settings, out=tmp_path, **QUIET)
+    stop(None, None, None)
+    other = [replace(e, choices=(e.completion, "w19 w19")) for e in lesson()]
+    model, adapters = fresh("IA3 by Adafactor")
+    with pytest.raises(ValueError, match="of another run: its data differ"):
+        train(model, adapters, other, settings, out=tmp_path, resume=True, **QUIET)
+    run = train(model, adapters, lesson(), settings, out=tmp_path, resume=True, **QUIET)
+    assert run.first_step == 2 and run.losses == whole.losses[2:] and small.same_bits(state(model, adapters), expected)
+
+
+@pytest.mark.parametrize("example, words", [
+    (Example("w1", "w2"), r"nothing to choose from: \(\) of 'w1': expected the completion and at least one other"),
+    (Example("w1", "w2", ("w2",)), r"nothing to choose from: \('w2',\)"), (Example("w1", "w9", ("w2", "w3")), "'w9' is not among the choices"),
+    (Example("w1", "w2", ("w2", " ")), "the completion ' ' of 'w1' has no tokens"), (Example("w1", "w2", ("w2", "W2")), "'W2' has the same tokens"),
+    (Example("w1", "w2", ("w2", "w3 " * 23)), "does not fit the context of 24"), (Encoded([3, 4], 1), "some examples were encoded without")])
+def test_examples_without_choices_to_compare_are_refused(example, words):
+    for losses in (("unlikelihood",), ("lm", "length")):
+        model, (adapter,) = fresh("LoReFT")
+        with pytest.raises(ValueError, match=words):
+            train(model, [adapter], [*lesson(), example], config(losses=losses), **QUIET)
+        assert model.adapters == []
+
+
+def test_choices_are_not_looked_at_unless_a_loss_compares_them():
+    plain = [Example(e.prompt, e.completion) for e in lesson()]
+    strange = [Example(e.prompt, e.completion, ("w1 " * 30, "nothing")) for e in lesson()]
+    results = []
+    for examples in (plain, strange):
+        model, adapters = fresh("LoReFT")
+        results.append((train(model, adapters, examples, config(), **QUIET).losses, state(model, adapters)))
+    assert results[0][0] == results[1][0] and small.same_bits(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("losses", ("lm", (), ("lm", "ul"), ["nothing"]))
+def test_unknown_losses_are_named(losses):
+    with pytest.raises(ValueError, match="losses are .*: expected a tuple of some of lm, unlikelihood"):
+        config(losses=losses)
+
+
+def test_the_recipe_of_the_paper():
+    recipe = training.T_FEW
+    assert (recipe.steps, recipe.batch_size, recipe.lr, recipe.optimizer, recipe.schedule) == (1000, 8, 3e-3, "adafactor", "linear")
+    rates = [recipe.rate(step) for step in (0, 59, 60, 530, 999)]
+    assert rates == pytest.approx([3e-3 / 60, 3e-3, 3e-3, 1.5e-3, 3e-3 / 940]) and recipe.losses == TFEW["losses"]
