@@ -54,7 +54,7 @@ class TrainConfig:
         for name, known in (("optimizer", ("adamw", "adafactor")), ("schedule", ("linear", "cosine", "constant"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(known)}")
-        if isinstance(self.losses, str) or not self.losses or not set(self.losses) <= set(OBJECTIVES):
+        if not self.losses or not set(self.losses) <= set(OBJECTIVES):
             raise ValueError(f"losses are {self.losses!r}: expected a tuple of some of {', '.join(OBJECTIVES)}")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"lr is {self.lr}: expected a number above 0")
@@ -240,7 +240,7 @@ class Checkpoint:
 
     def __init__(self, out, model, adapters, config, rows):
         self.out, self.model, self.adapters = Path(out), model, adapters
-        data = [(row.ids, row.prompt_length, row.task, row.wrong) for row in rows]
+        data = [vars(row) for row in rows]
         kinds = [[type(adapter).__name__, adapter.options] for adapter in adapters]
         digests = {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in
                    (("base", asdict(model.config) if config.full else fingerprint(model)), ("data", data))}

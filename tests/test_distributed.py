@@ -22,14 +22,16 @@ RUNS = {                                # what is trained, and how
     "LoReFT and noise": (lambda m: [LoReFT(m, rank=2, positions="f2+l2", tied=False), NEFTune(m)], {}),
     "a bank in pieces": (lambda m: [Bank({"one": LoReFT(m, rank=2), "two": LoReFT(m, rank=1)})], {"accumulate": 2}),
     "(IA)3, Adafactor": (lambda m: [IA3(m)], {"optimizer": "adafactor", "lr": 3e-3}),
+    "T-Few's losses": (lambda m: [IA3(m)], {"optimizer": "adafactor", "accumulate": 2, "losses": ("lm", "unlikelihood", "length")}),
     "the base as well": (lambda m: [IA3(m)], {"full": True, "lr": 1e-3, "recompute": True}),
 }
 
 
 def lesson():
-    """Prompts and answers of unequal length, so that no two shares of a batch hold the same number of answer tokens."""
-    return [Example(" ".join(f"w{(i * j + 1) % 20}" for j in range(1, 3 + i % 3)), " ".join(f"w{i + j}" for j in range(1 + i % 4)),
-                    task=("one", "two")[i % 3 == 0]) for i in range(12)]
+    """Prompts, answers and choices of unequal length, so that no two shares of a batch hold the same number of tokens to predict."""
+    prompts = [" ".join(f"w{(i * j + 1) % 20}" for j in range(1, 3 + i % 3)) for i in range(12)]
+    answers = [tuple(" ".join(f"w{i + j}" for j in range(n)) for n in (1 + i % 4, *range(5, 6 + i % 3))) for i in range(12)]
+    return [Example(prompt, choices[0], choices, task=("one", "two")[i % 3 == 0]) for i, (prompt, choices) in enumerate(zip(prompts, answers))]
 
 
 def trained(name, **more):

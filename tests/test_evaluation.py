@@ -114,10 +114,37 @@ def test_without_choices_nothing_is_ranked():
     assert evaluate(model, model.tokenizer, [Example("w1", "w2", ("w2", "w3"))], metrics=("rank",)).exact is None
 
 
+def test_without_length_normalisation_the_sum_ranks():
+    """A short unlikely choice against a long one of likelier tokens: the mean prefers one, the sum the other."""
+    model, examples = small.model(), [e for e in draw(60, seed=3) if len(e.choices) > 1][:40]
+    sums, means = [], []
+    for e in examples:
+        rows = {c: encode(model.tokenizer, Example(e.prompt, c), 24) for c in e.choices}
+        mean = {c: slow_beta(model, row) for c, row in rows.items()}
+        total = {c: mean[c] * (len(row.ids) - row.prompt_length) for c, row in rows.items()}
+        means.append(max(mean, key=mean.get) == e.completion)
+        sums.append(max(total, key=total.get) == e.completion)
+    assert sum(means) != sum(sums)
+    for normalised, right in ((True, means), (False, sums)):
+        assert evaluate(model, model.tokenizer, examples, ("rank",), length_normalised=normalised).rank == sum(right) / 40
+
+
+def test_the_order_of_choices_and_ties_help_nobody():
+    model, examples = small.model(), draw(30, seed=5)
+    turned = [Example(e.prompt, e.completion, e.choices[::-1]) for e in examples]
+    assert evaluate(model, model.tokenizer, examples, ("rank",)) == evaluate(model, model.tokenizer, turned, ("rank",))
+    model.embed.weight.data.zero_()                                       # every token is as likely as every other
+    assert evaluate(model, model.tokenizer, [Example("w1", "w2", ("w2", "w3")), Example("w1", "w2", ("w4", "w2"))], ("rank",)).rank == 0.0
+
+
 def test_the_mode_is_restored_and_errors_are_named():
     model = small.model().train()
     for examples, words in [([], "no examples"), ([Example("w1", "w9", ("w2", "w3"))], "'w9' is not among the choices"),
+                            ([Example("w1", "w2", ("w2",))], "nothing to choose from"), ([Example("w1", "w2", ("w2", " "))], "' ' of 'w1' has no tokens"),
                             ([Example("w1 nothing", "w2")], "'nothing' not in the vocabulary"), ([Example(" ", "w2")], "the prompt is ' '")]:
         with pytest.raises(ValueError, match=words):
             evaluate(model, model.tokenizer, examples)
         assert model.training and torch.is_grad_enabled()
+    for metrics, words in ((("rank",), r"nothing to choose from: \(\) of 'w1'"), (("bleu",), "metrics are .*: expected some of rank, exact")):
+        with pytest.raises(ValueError, match=words):
+            evaluate(model, model.tokenizer, [Example("w1", "w2", ("w2", "w3")), Example("w1", "w2")], metrics)

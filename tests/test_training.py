@@ -501,7 +501,7 @@ def test_choices_are_not_looked_at_unless_a_loss_compares_them():
     assert results[0][0] == results[1][0] and small.same_bits(results[0][1], results[1][1])
 
 
-@pytest.mark.parametrize("losses", ("lm", (), ("lm", "ul"), ["nothing"]))
+@pytest.mark.parametrize("losses", ("lm", "", (), ("lm", "ul"), ["nothing"]))
 def test_unknown_losses_are_named(losses):
     with pytest.raises(ValueError, match="losses are .*: expected a tuple of some of lm, unlikelihood"):
         config(losses=losses)
