@@ -5,16 +5,21 @@ See:  a loss that falls, a model card written by the run, and no rest of a run t
 """
 
 import json
+import math
 import multiprocessing
+import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from minireft import checkpoint, pretraining
-from minireft.pretraining import Recipe, learning_rate, pretrain
+from minireft import ModelConfig, Tokenizer, checkpoint, evaluate, pretraining
+from minireft.pretraining import Recipe, answer, fill_in, learning_rate, pretrain
 from minireft.tasks import gates
+from minireft.tasks.corpus import Corpus
 from minireft.tasks.world import VOCABULARY
 
 TINY = Recipe(width=32, layers=1, heads=2, hidden=48, context=32, steps=30, rows=8, warmup=3, compile=False)
@@ -126,4 +131,68 @@ def test_the_shipped_base_passes_its_gates_as_its_card_says(shipped_base):
         assert f"| {name} |" in card
         assert scores[name] >= least - 0.1, (name, scores[name])
     assert json.loads((checkpoint.ASSETS / "config.json").read_text())["vocab_size"] == len(VOCABULARY) + 3
-    assert sum(path.stat().st_size for path in checkpoint.ASSETS.iterdir()) < 8_000_000
+    assert sum(path.stat().st_size for path in checkpoint.ASSETS.rglob("*")) < 12_000_000
+
+
+# ------------------------------------------------------------------------------------------------------------ the other two
+
+@pytest.mark.parametrize("arch", ("encoder", "encoder-decoder"))
+def test_the_other_two_are_trained_and_load(arch, tmp_path, quick_gates, monkeypatch):
+    monkeypatch.setitem(pretraining.OTHERS, arch, replace(TINY, layers=2, context=64, arch=arch))
+    report = pretrain(tmp_path / "base", processes=1, progress=False, arch=arch)
+    model, _ = checkpoint.load(tmp_path / "base")
+    assert model.config.encoder_layers == {"encoder": 2, "encoder-decoder": 1}[arch] and report["loss"] < 6.35     # log 604 is 6.40
+    assert {"encoder": "An encoder of", "encoder-decoder": "An encoder–decoder of"}[arch] in (tmp_path / "base" / "README.md").read_text()
+    with pytest.raises(ValueError, match="arch is 'mixer': expected one of decoder"):
+        pretrain(tmp_path / "other", arch="mixer")
+
+
+def test_an_encoder_is_asked_for_what_it_is_not_shown():
+    tokenizer, seen = Tokenizer.from_words(VOCABULARY), {}
+    tokens = torch.randint(3, tokenizer.vocab_size, (64, 65), generator=torch.Generator().manual_seed(0))
+
+    def model(shown):                     # knows nothing: its loss is log V, whatever it is asked for
+        seen["shown"] = shown
+        return torch.zeros(*shown.shape, tokenizer.vocab_size)
+    loss = fill_in(model, tokens, tokenizer, torch.Generator().manual_seed(1))
+    shown, hidden = seen["shown"], seen["shown"] == tokenizer.mask_id
+    assert loss.item() == pytest.approx(math.log(tokenizer.vocab_size), rel=1e-5)
+    other = (shown != tokens[:, :-1]) & ~hidden
+    assert abs(hidden.float().mean() - 0.24) < 0.03 and abs(other.float().mean() - 0.03) < 0.012     # 4,096 draws: over 4 sigma
+
+    def oracle(shown):                    # right about every hidden token, and wrong about the rest: asked for only 30 %
+        return 30.0 * F.one_hot(torch.where(hidden, tokens[:, :-1], 3), tokenizer.vocab_size)
+    asked = fill_in(oracle, tokens, tokenizer, torch.Generator().manual_seed(1)).item()
+    assert asked == pytest.approx(30 * 0.06 / 0.30, rel=0.2)               # 3 % shown as others and 3 % as they are, of 30 %
+
+
+def test_an_encoder_decoder_answers_what_it_has_read():
+    tokenizer = Tokenizer.from_words(VOCABULARY)
+    rows = torch.from_numpy(Corpus(3).batch(tokenizer, 16, 129, 1.0))
+    marks = set(tokenizer.encode(": -> = ? ."))
+
+    class Model:
+        config = ModelConfig(tokenizer.vocab_size, 8, 2, 2, 8, 128, encoder_layers=1, start=2)
+
+        def __call__(self, prompt, mask, decoder_tokens):
+            answered = []
+            for row, (ids, real, given) in zip(rows, zip(prompt, mask, decoder_tokens)):
+                n = int(real.sum())
+                assert torch.equal(ids[:n], row[:n]) and real[:n].all() and int(ids[n - 1]) in marks
+                assert given[0] == 2 and torch.equal(given[1:], row[n : n + 39])
+                answered.append(row[n : n + 40])
+            return 30.0 * F.one_hot(torch.stack(answered), tokenizer.vocab_size)          # right about all that follows
+    assert answer(Model(), rows, tokenizer, torch.Generator().manual_seed(0)).item() < 1e-6
+
+
+@pytest.mark.parametrize("name", sorted(set(checkpoint.SHIPPED) - {"base"}))
+def test_the_other_two_that_are_shipped_do_what_their_cards_say(name):
+    """Within the noise of 200 items, and not by chance."""
+    card = (checkpoint.SHIPPED[name] / "README.md").read_text()
+    model, tokenizer = checkpoint.load(name)
+    assert f" of {sum(p.numel() for p in model.parameters()):,} parameters" in card
+    items = gates.examples(100, seed=1)
+    for gate in ("facts", "moods"):
+        said = float(re.search(rf"\| {gate} \| ([.\d]+)", card)[1])
+        scored = gates.filled(model, tokenizer, items[gate]) if name == "encoder" else evaluate(model, tokenizer, items[gate], metrics=("rank",)).rank
+        assert said > gates.CHANCE[gate] + 0.2 and abs(scored - said) < 0.15, gate
