@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .cache import Cache
 from .config import ModelConfig
+from .geometry import RelativePositions, rotary_angles, turn, visibility
 
 
 # ---------------------------------------------------------------------------------------------------------------- sites
@@ -70,11 +72,11 @@ class Linear(Site):
 class Norm(Site):
     """RMSNorm, x / rms(x) ⊙ w, or LayerNorm, (x − mean) / std ⊙ w + b: (B, T, C) → (B, T, C)."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, width: int | None = None):
         super().__init__()
-        self.eps = config.norm_eps
-        self.weight = nn.Parameter(torch.empty(config.width))
-        self.bias = nn.Parameter(torch.empty(config.width)) if config.norm == "layer" else None
+        self.eps, width = config.norm_eps, width or config.width
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width)) if config.norm == "layer" else None
 
     def operation(self, x: Tensor) -> Tensor:
         if self.bias is None:
@@ -89,61 +91,33 @@ class KeysValues(Site):
         return k, v
 
 
+GATED = {"swiglu": F.silu, "geglu_tanh": partial(F.gelu, approximate="tanh")}
+PLAIN = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu}
+
+
 class Activation(Site):
-    """The feed-forward's non-linearity: silu(gate) ⊙ up, or gelu(u): (B, T, F) → (B, T, F)."""
+    """The feed-forward's non-linearity γ: γ(gate) ⊙ up, or γ(u): (B, T, F) → (B, T, F)."""
 
     def __init__(self, kind: str):
         super().__init__()
         self.kind = kind
 
     def operation(self, *inputs: Tensor) -> Tensor:
-        if self.kind == "swiglu":
+        if self.kind in GATED:
             gate, up = inputs
-            return F.silu(gate) * up
-        return F.gelu(inputs[0], approximate="tanh" if self.kind == "gelu_tanh" else "none")
+            return GATED[self.kind](gate) * up
+        return PLAIN[self.kind](inputs[0])
 
 
-# ------------------------------------------------------------------------------------------------------------- positions
-
-def rotary_angles(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position's angles: positions (B, T) → two of (B, 1, T, D/2). Su et al. 2021, eq. 34."""
-    frequency = base ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)   # (D/2,)
-    angle = positions[:, None, :, None].float() * frequency               # (B, 1, T, D/2)
-    return angle.cos(), angle.sin()
-
-
-def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns channel i against channel i + D/2 by the position's angle: x (B, H, T, D)."""
-    a, b = x.float().chunk(2, dim=-1)                                     # two of (B, H, T, D/2)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-
-
-class RelativePositions(nn.Module):
-    """A learned bias on every head's scores by the distance key − query (Raffel et al. 2020, section 2.1): near distances
-    have a bucket each, far ones share one by logarithm, and those beyond `relative_furthest` the last."""
+class MaskedHead(Linear):
+    """BERT's way to the vocabulary: V (norm(gelu(D h + d))) + b (Devlin et al. 2018): (B, T, C) → (B, T, V)."""
 
     def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.buckets, self.furthest = config.relative_buckets, config.relative_furthest
-        self.weight = nn.Parameter(torch.empty(self.buckets, config.heads))                # (buckets, H)
+        super().__init__(config.width, config.vocab_size, True)
+        self.dense, self.norm = nn.Linear(config.width, config.width), nn.LayerNorm(config.width, config.norm_eps)
 
-    def bucket(self, distance: Tensor, causal: bool) -> Tensor:
-        later, buckets = 0, self.buckets
-        if not causal:                                                    # half the buckets are for later keys
-            buckets //= 2
-            later = (distance > 0) * buckets
-        distance = (-distance).clamp(min=0) if causal else distance.abs()
-        near = buckets // 2
-        far = near + ((distance / near).clamp(min=1).log() / math.log(self.furthest / near) * (buckets - near)).long()
-        return later + torch.where(distance < near, distance, far.clamp(max=buckets - 1))
-
-    def forward(self, past: int, T: int, causal: bool, visible: Tensor | None) -> Tensor:
-        """What is added to the scores, (B or 1, H, T, S): the bias, and −∞ where nothing may be seen."""
-        keys = torch.arange(past + T, device=self.weight.device)          # (S,)
-        distance = keys - keys[past:, None]                               # (T, S)
-        bias = F.embedding(self.bucket(distance, causal), self.weight).permute(2, 0, 1)[None]           # (1, H, T, S)
-        visible = distance <= 0 if visible is None and causal else visible
-        return bias if visible is None else bias.masked_fill(~visible, -torch.inf)
+    def operation(self, x: Tensor) -> Tensor:
+        return super().operation(self.norm(F.gelu(self.dense(x))))
 
 
 @dataclass
@@ -171,6 +145,7 @@ class Attention(nn.Module):
         self.key = Linear(c.width, c.kv_heads * c.head_dim, bias)
         self.value = Linear(c.width, c.kv_heads * c.head_dim, bias)
         self.kv = KeysValues()
+        self.query_norm, self.key_norm = (Norm(c, c.head_dim), Norm(c, c.head_dim)) if c.qk_norm else (None, None)
         self.output = Linear(c.heads * c.head_dim, c.width, c.bias)
 
     def forward(self, x: Tensor, step: Step) -> Tensor:                   # (B, T, C) → (B, T, C)
@@ -185,12 +160,13 @@ class Attention(nn.Module):
         return y.view(*y.shape[:2], -1, self.config.head_dim).transpose(1, 2)
 
     def queries(self, x: Tensor, step: Step) -> Tensor:
-        return self.heads(self.query(x, context=step.context))
+        q = self.heads(self.query(x, context=step.context))               # (B, H, T, D)
+        return self.query_norm(q, context=step.context) if self.query_norm else q
 
     def keys_values(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         k, v = self.key(x, context=step.context), self.value(x, context=step.context)      # two of (B, T, G·D)
-        k, v = self.kv(k, v, context=step.context)
-        return self.heads(k), self.heads(v)
+        k, v = map(self.heads, self.kv(k, v, context=step.context))       # two of (B, G, T, D)
+        return self.key_norm(k, context=step.context) if self.key_norm else k, v
 
     def mix(self, q, k, v, visible: Tensor | None, causal: bool, step: Step) -> Tensor:    # → (B, T, C)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal,
@@ -211,7 +187,7 @@ class CrossAttention(Attention):
 class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate = Linear(config.width, config.hidden, config.bias) if config.activation == "swiglu" else None
+        self.gate = Linear(config.width, config.hidden, config.bias) if config.activation in GATED else None
         self.up = Linear(config.width, config.hidden, config.bias)
         self.act = Activation(config.activation)
         self.down = Linear(config.hidden, config.width, config.bias)
@@ -267,7 +243,7 @@ class Model(nn.Module):
         n, self.two = c.encoder_layers, 0 < c.encoder_layers < c.layers   # two: an encoder and a decoder
         self.blocks = nn.ModuleList(Block(c, i - n if i >= n else i, cross=self.two and i >= n) for i in range(c.layers))
         self.norm = Norm(c)
-        self.head = Linear(c.width, c.vocab_size, False)
+        self.head = MaskedHead(c) if c.masked_head else Linear(c.width, c.vocab_size, False)
         if self.two:
             self.encoder_position, self.encoder_relative = place(c)
             self.encoder_norm, self.decoder_embed = Norm(c), Embedding(c.vocab_size, c.width)
@@ -334,7 +310,7 @@ class Model(nn.Module):
         blocks, embed = (self.blocks[:n], self.embed) if encoder else (self.blocks[n:], self.decoder_embed if self.two else self.embed)
         position, relative, norm = (getattr(self, "encoder_" * (encoder and self.two) + name) for name in ("position", "relative", "norm"))
         visible, index = visibility(real, past, T, not encoder, tokens.device)
-        rotary = rotary_angles(index, c.head_dim, c.rotary_base) if c.positions == "rotary" else None
+        rotary = rotary_angles(index, c.head_dim, c.rotary_base, c.rotary_scaling) if c.positions == "rotary" else None
         if relative is not None:                                          # the bias says as well who is seen
             visible = relative(past, T, not encoder, visible)             # (B or 1, H, T, S)
         step = Step(context, rotary, visible, not encoder and visible is None and T > 1, cache, past, memory, memory_visible)
@@ -382,17 +358,3 @@ class Model(nn.Module):
             raise ValueError(f"{name} are {ids.dtype} of shape {tuple(ids.shape)}: expected int64 of shape (B, T), not empty")
         if ids.device.type == "cpu" and not torch.compiler.is_compiling() and not 0 <= ids.min() <= ids.max() < self.config.vocab_size:
             raise ValueError(f"{name} are {ids.min()} ... {ids.max()}: expected ids of this model's vocabulary of {self.config.vocab_size}")
-
-
-def visibility(real: Tensor | None, past: int, T: int, causal: bool, device) -> tuple[Tensor | None, Tensor]:
-    """Which tokens each new token attends to, (B or 1, 1, T, S) bool or None where the plain causal rule or none says it
-    all; and each new token's index in its document, (B or 1, T). A token sees its own document; padding sees padding.
-    """
-    index = torch.arange(past, past + T, device=device)[None]             # (1, T)
-    if real is None and (not causal or past == 0 or T == 1):
-        return None, index
-    if real is None:
-        return (torch.arange(past + T, device=device) <= index[0, :, None])[None, None], index
-    same = real[:, past:, None] == real[:, None, :]                       # (B, T, S)
-    before = same.tril(past)
-    return (before if causal else same)[:, None], before.sum(-1) - 1

@@ -36,16 +36,30 @@ def logits(model, ids, scale=None, delta=None, edit=None, decoder_ids=None) -> n
                 rows.append(centred / math.sqrt((centred * centred).mean() + c.norm_eps) * W[f"{name}.weight"] + W[f"{name}.bias"])
         return np.stack(rows)
 
+    def slowed(frequency):                                                # Llama 3.1's, by wavelength, in its three cases
+        if c.rotary_scaling is None:
+            return frequency
+        factor, low, high, original = c.rotary_scaling
+        wavelength = 2 * math.pi / frequency
+        if original == 0 or wavelength > original / low:
+            return frequency / factor
+        if wavelength < original / high:
+            return frequency
+        smooth = (original / wavelength - low) / (high - low)
+        return (1 - smooth) * frequency / factor + smooth * frequency
+
     def rotate(x, position):                                              # x (D,): channels i and i + D/2 are one complex number
         if c.positions != "rotary":
             return x
         half, y = c.head_dim // 2, x.copy()
         for i in range(half):
-            z = complex(x[i], x[i + half]) * np.exp(1j * position * c.rotary_base ** (-2 * i / c.head_dim))
+            z = complex(x[i], x[i + half]) * np.exp(1j * position * slowed(c.rotary_base ** (-2 * i / c.head_dim)))
             y[i], y[i + half] = z.real, z.imag
         return y
 
     def activation(u):
+        if c.activation == "relu":
+            return np.maximum(u, 0)
         if c.activation == "gelu":
             return 0.5 * u * (1 + erf(u / math.sqrt(2)))
         return 0.5 * u * (1 + np.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
@@ -69,6 +83,8 @@ def logits(model, ids, scale=None, delta=None, edit=None, decoder_ids=None) -> n
         q = scaled(linear(f"{name}.query", x, layer, f"{site}query"), layer, f"{site}query")
         k = scaled(linear(f"{name}.key", source, layer, f"{site}key"), layer, f"{site}key")
         v = scaled(linear(f"{name}.value", source, layer, f"{site}value"), layer, f"{site}value")
+        if c.qk_norm:
+            q, k = (norm(f"{name}.{which}_norm", y.reshape(-1, c.head_dim)).reshape(y.shape) for which, y in (("query", q), ("key", k)))
         out = np.zeros((len(x), c.heads * c.head_dim))
         for head in range(c.heads):
             mine = slice(head * c.head_dim, (head + 1) * c.head_dim)
@@ -82,9 +98,9 @@ def logits(model, ids, scale=None, delta=None, edit=None, decoder_ids=None) -> n
 
     def ffn(name, x, layer):
         u = linear(f"{name}.up", x, layer, "up")
-        if c.activation == "swiglu":
+        if c.activation in ("swiglu", "geglu_tanh"):
             gate = linear(f"{name}.gate", x, layer, "gate")
-            u = gate / (1 + np.exp(-gate)) * u
+            u = (gate / (1 + np.exp(-gate)) if c.activation == "swiglu" else activation(gate)) * u
         else:
             u = activation(u)
         return scaled(linear(f"{name}.down", scaled(u, layer, "ffn"), layer, "ffn_output"), layer, "ffn_output")
@@ -117,4 +133,7 @@ def logits(model, ids, scale=None, delta=None, edit=None, decoder_ids=None) -> n
         h = stack("", ids, range(L), causal=n == 0)
     else:
         h = stack("", decoder_ids, range(n, L), True, stack("encoder_", ids, range(n), False))
-    return h @ W["embed.weight" if c.tied else "head.weight"].T           # (T, V)
+    if c.masked_head:
+        h = activation(h @ W["head.dense.weight"].T + W["head.dense.bias"])
+        h = (h - h.mean(1, keepdims=True)) / np.sqrt(h.var(1, keepdims=True) + c.norm_eps) * W["head.norm.weight"] + W["head.norm.bias"]
+    return h @ W["embed.weight" if c.tied else "head.weight"].T + W.get("head.bias", 0)    # (T, V)

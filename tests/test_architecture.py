@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "minireft"
 # Module → the modules of minireft that it may import. A new module finds its place here first.
 ARROWS = {
-    "files": "", "reference": "", "positions": "", "losses": "data", "config": "", "cache": "", "model": "cache config", "data": "", "tokenizer": "",
+    "files": "", "reference": "", "positions": "", "losses": "data", "config": "", "cache": "", "geometry": "config", "model": "cache config geometry", "data": "", "tokenizer": "",
     "ops": "reference",
     "formats": "files model tokenizer",
     "adapters": "files formats ops positions",

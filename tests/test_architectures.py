@@ -41,6 +41,20 @@ def test_every_architecture_agrees_with_a_plain_implementation(positions, norm_f
         assert error <= (ROTARY if positions == "rotary" else EXACT), model.config
 
 
+@pytest.mark.parametrize("change", [
+    {"activation": "relu"}, {"activation": "geglu_tanh"}, {"qk_norm": True, "kv_heads": 2}, {"rotary_scaling": (4.0, 1.0, 4.0, 16.0), "rotary_base": 20.0},
+    {"rotary_scaling": (3.0, 1.0, 4.0, 0)}, {"masked_head": True, "activation": "gelu", "norm": "layer"},
+    {"masked_head": True, "activation": "gelu", "norm": "layer", "tied": False, "encoder_layers": 3}], ids=lambda change: "+".join(change))
+def test_every_further_choice_agrees_with_a_plain_implementation(change):
+    model, (ids,) = small.model("llama", dtype=torch.float64, norm_eps=0.01, **{"kv_heads": 4, **change}), small.rows([12])
+    error = np.abs(model(ids[None])[0].numpy() - plain.logits(model, ids.tolist())).max()
+    assert error <= ROTARY
+    usual = small.model("llama", dtype=torch.float64, norm_eps=0.01, **{"kv_heads": 4, **change, "rotary_scaling": None, "qk_norm": False})
+    if {"rotary_scaling", "qk_norm"} & set(change):                       # and the choice makes a difference
+        usual.load_state_dict(model.state_dict(), strict=False)
+        assert (usual(ids[None]) - model(ids[None])).abs().max() > 0.01
+
+
 def test_relative_buckets_are_those_of_the_paper():
     """T5's own: 32 buckets, the last from 128 on; both ways half of them for later keys. Bounds worked out by hand."""
     for causal, expected in ((True, {0: 0, -1: 1, -15: 15, -16: 16, -18: 16, -19: 17, -112: 30, -113: 31, -127: 31, -5000: 31, 3: 0}),
@@ -142,6 +156,7 @@ def test_gradient_checkpointing_changes_nothing():
 
 @pytest.mark.parametrize("change, words", [
     ({"encoder_layers": 4}, "encoder_layers is 4: expected 0 .* to layers 3"), ({"encoder_layers": -1}, "encoder_layers is -1"),
+    ({"rotary_scaling": (0.5, 1, 4, 16)}, "rotary_scaling is .*factor from 1"), ({"rotary_scaling": (2, 4, 4, 16)}, "high above it"),
     ({"relative_buckets": 3}, "relative_buckets is 3"), ({"relative_furthest": 16}, "relative_buckets is 32: .*relative_furthest 16")])
 def test_bad_configurations_are_named(change, words):
     with pytest.raises(ValueError, match=words):

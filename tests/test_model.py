@@ -179,7 +179,7 @@ def test_bf16_model_follows_its_fp32_self(name):
 
 @pytest.mark.parametrize("change, words", [
     ({"width": 0}, "width is 0"), ({"layers": -1}, "layers is -1"), ({"norm": "batch"}, "norm is 'batch'.*rms, layer"),
-    ({"positions": "alibi"}, "positions is 'alibi'"), ({"activation": "relu"}, "activation is 'relu'"),
+    ({"positions": "alibi"}, "positions is 'alibi'"), ({"activation": "tanh"}, "activation is 'tanh'"),
     ({"heads": 3}, "width 16 is no multiple of heads 3"), ({"kv_heads": 3}, "heads 4 is no multiple of kv_heads 3"),
     ({"kv_heads": 0}, "kv_heads is 0"), ({"head_dim": 5}, "head_dim 5 is odd")])
 def test_bad_configurations_are_named(change, words):

@@ -32,7 +32,7 @@ class Scale:
         if "key" in ls or "value" in ls:
             return lambda k, v: keys_values(*operation(k, v), ls.get("key"), ls.get("value"), tasks)
         (l,) = ls.values()
-        if "ffn" in ls and self.site.training and self.site.edits[0] is self:
+        if "ffn" in ls and self.site.training and self.site.edits[0] is self and self.site.kind in ("swiglu", "gelu", "gelu_tanh"):
             if self.site.kind == "swiglu":
                 return lambda gate, up: ops.swiglu_scale(gate, up, l, tasks)
             approximate = "tanh" if self.site.kind == "gelu_tanh" else "none"
