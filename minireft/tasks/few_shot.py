@@ -80,16 +80,20 @@ def names() -> list[str]:
 
 
 def items(name: str, split: str, count: int, seed="") -> list[tuple]:
-    """`count` items of a split, always the same, none twice: (the template's fields, choices, answer)."""
+    """`count` items of a split, always the same, none twice: (the template's fields, choices, answer).
+
+    Raises ValueError for a task that is not there, and for more items than it has.
+    """
     if name not in TASKS:
         raise ValueError(f"there is no few-shot task {name!r}: choose from {', '.join(TASKS)}")
-    random, seen, found = Random(f"few-shot {name} {split} {seed}"), set(), []
-    while len(found) < count:
+    random, found = Random(f"few-shot {name} {split} {seed}"), {}
+    for _ in range(200 * count):
         content, *item = TASKS[name][0](random)
-        if split_of("few shot", content) == split and str(item) not in seen:
-            seen.add(str(item))
-            found.append(tuple(item))
-    return found
+        if split_of("few shot", content) == split:
+            found.setdefault(str(item), tuple(item))
+        if len(found) == count:
+            return list(found.values())
+    raise ValueError(f"{count} items of {name}/{split} were asked for: it has about {len(found)}")
 
 
 def example(name: str, item: tuple, template: int) -> Example:
@@ -103,7 +107,7 @@ def shots(name: str, subset: int, count: int = 16) -> list[Example]:
     return [example(name, item, t) for item in items(name, "train", count, subset) for t in range(len(TASKS[name][1]))]
 
 
-def test(name: str, template: int, count: int = 200) -> list[Example]:
+def test(name: str, template: int, count: int = 100) -> list[Example]:
     """Items to score, in one template."""
     return [example(name, item, template) for item in items(name, "test", count)]
 
