@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from . import checkpoint
+from .data import padded
 from .files import write_text
 from .model import Model, ModelConfig
 from .tasks import gates
@@ -75,26 +76,30 @@ def fill_in(model, tokens: torch.Tensor, tokenizer: Tokenizer, generator: torch.
     return F.cross_entropy(model(shown)[chance < 0.3].float(), tokens[chance < 0.3])
 
 
-def answer(model, tokens: torch.Tensor, tokenizer: Tokenizer, generator: torch.Generator, most: int = 40) -> torch.Tensor:
-    """An encoder–decoder's: the encoder reads a row up to a mark that an answer follows, the decoder writes what comes next,
-    `most` tokens of it."""
-    B, T = tokens.shape
-    marks = torch.tensor([tokenizer.vocabulary[mark] for mark in (":", "->", "=", "?", ".")])
-    chance = torch.rand(B, T, generator=generator) * torch.isin(tokens, marks)
-    chance[:, T - most :] = 0
-    chance[:, 0] += 1e-9                                                  # a row without a mark
-    cut = chance.argmax(1, keepdim=True) + 1                              # (B, 1)
-    S, slot = int(cut.max()), torch.arange(T)                             # the longest prompt
-    after = tokens.gather(1, cut + slot[:most])                           # (B, most)
-    given = F.pad(after[:, :-1], (1, 0), value=model.config.start)
-    logits = model(tokens[:, :S], (slot < cut)[:, :S], decoder_tokens=given)               # (B, most, V)
-    return F.cross_entropy(logits.float().flatten(0, 1), after.flatten())
+def answer(model, tokens: torch.Tensor, tokenizer: Tokenizer, generator: torch.Generator, most: int = 12) -> torch.Tensor:
+    """An encoder–decoder's: the encoder reads a row up to a mark that an answer follows, with some spans of one to three tokens
+    shown as <unk>; the decoder writes the next `most` tokens, then each <unk> and what it hides (Raffel et al. 2020, section 3.1.4)."""
+    marks, prompts, answers = {tokenizer.vocabulary[mark] for mark in (":", "->", "=", "?", ".")}, [], []
+    for row in tokens.tolist():
+        places = [t for t in range(len(row) // 4, len(row) - most) if row[t - 1] in marks] or [len(row) // 2]
+        cut, *draws = torch.randint(2**31, (1 + len(row),), generator=generator).tolist()
+        cut, t, prompt = places[cut % len(places)], 0, []
+        written = row[cut : cut + most]
+        while t < cut:
+            span = draws[t] % 3 + 1 if draws[t] % 10 == 0 and t + 4 < cut else 0           # never the last words before the answer
+            prompt.append(tokenizer.mask_id if span else row[t])
+            written += [tokenizer.mask_id, *row[t : t + span]] if span else []
+            t += max(1, span)
+        prompts.append(prompt), answers.append([model.config.start, *written])
+    (read, real), (given, wanted) = padded(prompts, 0), padded(answers, 0)                  # (B, S), (B, U) twice each
+    logits = model(read, real, decoder_tokens=given[:, :-1])              # (B, U − 1, V)
+    return F.cross_entropy(logits[wanted[:, 1:]].float(), given[:, 1:][wanted[:, 1:]])
 
 
 OBJECTIVES = {"decoder": go_on, "encoder": fill_in, "encoder-decoder": answer}
 QUICK = Recipe(width=96, layers=6, heads=3, hidden=288, steps=1800, rates=((0, 0.6, 1), (1, 1, 0.03)), compile=False)
 OTHERS = {arch: Recipe(width=96, layers=layers, heads=3, hidden=288, steps=steps, rates=((0, 0.6, 1), (1, 1, 0.03)), compile=False, arch=arch)
-          for arch, layers, steps in (("encoder", 6, 2000), ("encoder-decoder", 8, 3000))}
+          for arch, layers, steps in (("encoder", 6, 2000), ("encoder-decoder", 8, 4000))}
 
 
 def pretrain(out: str | Path, quick: bool = False, seed: int = 0, processes: int = 2, progress: bool = True,

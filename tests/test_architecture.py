@@ -25,7 +25,7 @@ ARROWS = {
     "reading": "adapters",
     "tasks": "data evaluation",
     "formats.convert": "adapters checkpoint formats",
-    "pretraining": "checkpoint files model tasks tokenizer",
+    "pretraining": "checkpoint data files model tasks tokenizer",
 }
 COMMANDS = {"__init__", "__main__", "cli", "demo", "doctor"}            # these stand on top of everything
 METHODS = re.compile(r"reft|\bia3|\(ia\)|lora|neftune|noise|steering|low.rank", re.IGNORECASE)
