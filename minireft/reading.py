@@ -1,4 +1,4 @@
-"""Reading what an adapter learned: states seen along R, tokens a direction promotes, subspaces compared.
+"""Reading what an adapter learned: states seen along R, tokens a direction promotes, subspaces compared, (IA)³'s vectors.
 
 Use:  promoted(model, tokenizer, reft.rotations()[3][0]); similarity(R_a, R_b); project(model, tokens, layer, R)
 See:  plain linear algebra on the rows of R, (r, C).
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .adapters.more.vectors import vectors                              # what (IA)³ turned up and down
 from .adapters.orthonormal import orthonormalise
 
 

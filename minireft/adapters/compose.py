@@ -1,4 +1,4 @@
-"""Putting ReFTs together: slices of one R that are trained apart, and sums of edits.
+"""Putting adapters together: slices of one R that are trained apart, sums of edits, (IA)³ vectors averaged.
 
 Use:  mood = Subspace(reft, [0, 1]); train(model, [mood], ...); mood.write_back()      # the other directions are untouched
       both = weighted_sum([reft_a, reft_b], [0.5, 0.5])                # the average of two edits, itself a DiReFT
@@ -7,8 +7,12 @@ See:  slices trained apart do not touch each other's directions, because the row
 
 from __future__ import annotations
 
+import math
+
 import torch
 
+from .ia3 import IA3
+from .more.vectors import mixed_vectors
 from .orthonormal import orthonormalise
 from .reft import DiReFT, LoReFT, ReFT
 
@@ -53,14 +57,27 @@ class Subspace(ReFT):
         raise ValueError("a slice is saved with its parent: call write_back(), then save the parent")
 
 
-def weighted_sum(adapters: list[ReFT], weights: list[float]) -> DiReFT:
-    """The adapter whose edit is Σ w_i · (edit of adapter i), exactly: a DiReFT of rank Σ r_i.
+def weighted_sum(adapters: list, weights: list[float], space: str = "linear"):
+    """One adapter made of several of a kind, for the same model; it is not attached.
 
-    Only edits of the same layers, site and positions add up. Averaging the parameters instead would be meaningless: a mean
-    of two orthonormal R is neither orthonormal nor between their edits. Raises ValueError for what cannot be added.
+    ReFTs: the edit Σ w_i · (edit of adapter i), exactly: a DiReFT of rank Σ r_i. Only edits of the same layers, site and
+    positions add up. Averaging the parameters instead would be meaningless: a mean of two orthonormal R is neither
+    orthonormal nor between their edits.
+    (IA)³: the vectors l = 1 + Σ w_i (l_i − 1), or with space="log" l = Π l_i^{w_i}, for vectors above 0 alone: with weights
+    of 1 that is what they do when all are attached. A vector that one of them has not is 1 there.
+    Raises ValueError for what cannot be added.
     """
     if len(adapters) != len(weights) or not adapters:
         raise ValueError(f"{len(adapters)} adapters and {len(weights)} weights: expected as many of the one as of the other")
+    if not all(isinstance(weight, (int, float)) and math.isfinite(weight) for weight in weights):
+        raise ValueError(f"weights are {weights!r}: expected finite numbers")
+    known = ("linear", "log") if isinstance(adapters[0], IA3) else ("linear",)
+    if space not in known:
+        raise ValueError(f"space is {space!r}: expected {' or '.join(map(repr, known))} for a {type(adapters[0]).__name__}")
+    return mixed_vectors(adapters, weights, space) if isinstance(adapters[0], IA3) else sum_of_edits(adapters, weights)
+
+
+def sum_of_edits(adapters: list[ReFT], weights: list[float]) -> DiReFT:
     first = adapters[0]
     for adapter in adapters:
         if not isinstance(adapter, ReFT) or adapter.options.get("activation"):

@@ -11,9 +11,12 @@ import math
 import torch
 
 from .. import ops
-from .base import LINEARS, Adapter, pick_sites
+from .base import LINEARS, Adapter, layers_with, pick_sites
+from .merging import Merged
 
+ATTENTION = ("key", "value", "query", "attention_output")
 SITES = ("key", "value", "ffn", "query", "attention_output", "ffn_output")
+FUSED = ("swiglu", "gelu", "gelu_tanh")
 
 
 class Scale:
@@ -23,16 +26,16 @@ class Scale:
     within rounding only. For fast inference, merge.
     """
 
-    def __init__(self, adapter: IA3, site, layer: int, names: tuple[str, ...]):
-        self.adapter, self.site, self.layer, self.names = adapter, site, layer, names
+    def __init__(self, adapter, site, at: dict[str, int]):
+        self.adapter, self.site, self.at = adapter, site, at              # {vector's name: its row in the stack}
 
     def __call__(self, operation, context):
         vectors, tasks = context[self.adapter]
-        ls = {name: vectors[name][self.layer] for name in self.names}     # each (channels,), or (K, channels) with tasks
+        ls = {name.removeprefix("cross_"): vectors[name][row] for name, row in self.at.items()}   # each (channels,), a bank's (K, channels)
         if "key" in ls or "value" in ls:
             return lambda k, v: keys_values(*operation(k, v), ls.get("key"), ls.get("value"), tasks)
         (l,) = ls.values()
-        if "ffn" in ls and self.site.training and self.site.edits[0] is self and self.site.kind in ("swiglu", "gelu", "gelu_tanh"):
+        if "ffn" in ls and self.site.training and self.site.edits[0] is self and self.site.kind in FUSED:
             if self.site.kind == "swiglu":
                 return lambda gate, up: ops.swiglu_scale(gate, up, l, tasks)
             approximate = "tanh" if self.site.kind == "gelu_tanh" else "none"
@@ -46,47 +49,65 @@ def keys_values(k, v, l_k, l_v, tasks):
     return (k, ops.scale(v, l_v, tasks)) if l_k is None else (ops.scale(k, l_k, tasks), v)
 
 
-def place(model, name: str, layer: int):
-    """The site where the vector `name` stands, and the base's tensor whose first dimension it scales."""
-    block = model.blocks[layer]
-    if name in ("key", "value"):
-        return block.attention.kv, block.get_submodule(LINEARS[name]).weight
-    if name == "ffn":
-        return block.ffn.act, block.ffn.down.weight.T
-    site = block.get_submodule(LINEARS.get(name, name))                   # a Linear, or a norm by its own name
-    return site, site.weight
+def names_at(model, sites, layer_norm: bool = False) -> list[str]:
+    """The vectors at these sites. Where a decoder looks at an encoder, "key" is self_key and cross_key; their vectors are called
+    "key" and "cross_key". ValueError names a wrong site."""
+    both = bool(layers_with(model, "cross"))
+    known = (*SITES, *(f"{kind}_{name}" for kind in ("self", "cross") if both or kind == "self" for name in ATTENTION))
+    picked = pick_sites(model, sites, known)
+    names = [name for site in picked for name in (site.removeprefix("self_"), *([f"cross_{site}"] if both and site in ATTENTION else ()))]
+    if len(set(names)) < len(names):
+        raise ValueError(f"sites are {sites!r}: one is in another; name it once")
+    return names + [norm for norm in ("attention_norm", "cross_norm", "ffn_norm") if layer_norm and layers_with(model, norm)]
+
+
+def sites_of(model, names) -> list[str]:
+    """The sites that have these vectors, norms aside."""
+    own = "self_" if layers_with(model, "cross") else ""
+    return [own + name if name in ATTENTION else name for name in names if not name.endswith("norm")]
+
+
+def places(model, name: str) -> list[tuple]:
+    """Of the vector `name`, layer after layer: the site where it stands, the weight and bias (or None) that it scales once
+    merged, and the dimension of the weight: W₂ reads what l_ff has scaled, the others write it."""
+    path, found = LINEARS.get(name, name), []
+    for layer in layers_with(model, "ffn" if name == "ffn" else path):
+        block = model.blocks[layer]
+        if name == "ffn":
+            found.append((block.ffn.act, block.ffn.down.weight, None, 1))
+            continue
+        holder = block.get_submodule(path)                                # a Linear, or a norm by its own name
+        site = block.get_submodule(path.split(".")[0]).kv if name.endswith(("key", "value")) else holder
+        found.append((site, holder.weight, holder.bias, 0))
+    return found
 
 
 def scales(adapter, names) -> list[tuple]:
-    """The edits of the vectors `names` on every layer; keys and values share one."""
-    together = tuple(name for name in names if name in ("key", "value"))
-    groups = [(name,) for name in names if name not in together] + ([together] if together else [])
-    sites = [(place(adapter.model, group[0], layer)[0], layer, group)
-             for layer in range(adapter.model.config.layers) for group in groups]
-    return [(site, Scale(adapter, site, layer, group)) for site, layer, group in sites]
-
-
-def total(weight) -> float:
-    """Tells a tensor that somebody changed from one that nobody did."""
-    return weight.detach().sum(dtype=torch.float64).item()
+    """The edits of the vectors `names`, one for each site: keys and values share theirs."""
+    at: dict = {}
+    for name in names:
+        for row, (site, *_) in enumerate(places(adapter.model, name)):
+            at.setdefault(site, {})[name] = row
+    return [(site, Scale(adapter, site, rows)) for site, rows in at.items()]
 
 
 class IA3(Adapter):
     """One vector per layer and site: key and value (G·D), ffn (F), and if asked query (H·D), attention_output, ffn_output (C).
 
     Vectors start at 1 + init_scale; layer_norm adds one (C) for each norm of a block. What is stored is l − 1, so that
-    weight decay pulls towards the identity. d_k + d_v + d_ff parameters a layer with the default sites.
+    weight decay pulls towards the identity. d_k + d_v + d_ff parameters a layer with the default sites, and in a decoder
+    that looks at an encoder 2 d_k + 2 d_v + d_ff; "self_key", "cross_key" ... are the sites of one attention alone.
     """
 
     def __init__(self, model, sites=("key", "value", "ffn"), init_scale: float = 0.0, layer_norm: bool = False):
-        sites = pick_sites(model, sites, SITES)
+        names = names_at(model, sites, layer_norm)
         if not isinstance(init_scale, (int, float)) or not math.isfinite(init_scale):
             raise ValueError(f"init_scale is {init_scale!r}: expected a finite number, 0 for a start at the identity")
-        super().__init__(model, sites=list(sites), init_scale=init_scale, layer_norm=layer_norm)
-        self._kept: dict | None = None                                    # while merged: weight → [its own bits, its sum then]
-        for name in (*sites, *(("attention_norm", "ffn_norm") if layer_norm else ())):
-            width = place(model, name, 0)[1].shape[0]
-            self.register_parameter(name, self.parameter(model.config.layers, width))      # (L, width)
+        super().__init__(model, sites=sites_of(model, names), init_scale=init_scale, layer_norm=layer_norm)
+        self._kept: Merged | None = None
+        for name in names:
+            (_, weight, _, dim), *more = places(model, name)
+            self.register_parameter(name, self.parameter(1 + len(more), weight.shape[dim]))              # (L, width)
             torch.nn.init.constant_(self.get_parameter(name), init_scale)
 
     def edits(self):
@@ -101,32 +122,18 @@ class IA3(Adapter):
     def merge(self) -> None:
         """Folds the vectors into the base's weights and biases and steps aside. Merging again changes nothing.
 
-        Raises ValueError, with the base untouched, when a vector is not finite.
+        Raises ValueError, with the base untouched, when a vector is not finite, or a bank is attached.
         """
         if self._kept is not None:
             return
+        if any(other.standing() != [other] for other in self.model.adapters):
+            raise ValueError("a bank is attached, and what is merged would scale every one of its tasks: detach it first")
         for name, l in self.named_parameters():
             if not l.isfinite().all():
                 raise ValueError(f"the vectors of {name!r} are not all finite: they would destroy the base's weights")
         if self.attached:
             self.detach()
-        self._kept = {}
-        for name, l in self.named_parameters():
-            for layer in range(self.model.config.layers):
-                block, factor = self.model.blocks[layer], 1 + l[layer].detach()             # (width,)
-                if name == "ffn":                                         # scales what W₂ reads: its columns
-                    self._multiply(block.ffn.down.weight, factor)
-                    continue
-                source = block.get_submodule(LINEARS.get(name, name))
-                self._multiply(source.weight, factor if source.weight.dim() == 1 else factor[:, None])
-                if source.bias is not None:
-                    self._multiply(source.bias, factor)
-
-    def _multiply(self, weight, factor) -> None:
-        kept = self._kept.setdefault(weight, [weight.detach().clone(), 0])
-        with torch.no_grad():
-            weight.copy_(weight * factor)                                 # the product is formed in fp32 and rounded once
-        kept[1] = total(weight)
+        self._kept = Merged((row, l.detach()) for name, ls in self.vectors().items() for row, l in zip(places(self.model, name), ls))
 
     def unmerge(self) -> None:
         """Puts the base's own tensors back: the original bits, zeros in a vector or not.
@@ -135,12 +142,7 @@ class IA3(Adapter):
         """
         if self._kept is None:
             raise ValueError("these (IA)³ vectors are not merged: there is nothing to undo")
-        if any(total(weight) != then for weight, (_, then) in self._kept.items()):
-            raise ValueError("the base's weights changed since these (IA)³ vectors were merged, and would be lost: undo that first")
-        with torch.no_grad():
-            for weight, (original, _) in self._kept.items():
-                weight.copy_(original)
-        self._kept = None
+        self._kept = self._kept.undo()
 
     def attach(self):
         if self._kept is not None:
