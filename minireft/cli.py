@@ -22,7 +22,7 @@ from minireft import adapters, tasks
 METHODS = {                             # and the learning rate that suits the shipped base, chosen on validation items
     "loreft": ("LoReFT", 1.5e-2), "direft": ("DiReFT", 1.5e-2), "ia3": ("IA3", 5e-2), "lora": ("LoRA", 6e-3),
     "full": (None, 5e-4)}
-PROGRAMS = {"bench": "kernels.py", "profile": "profile_kernel.py"}
+PROGRAMS = {"bench": "kernels.py", "profile": "profile_kernel.py", "neftune": "neftune.py"}
 OPTIONS = {                             # which option of `tune` belongs to which methods
     "rank": ("loreft", "direft", "lora"), "layers": ("loreft", "direft"), "positions": ("loreft", "direft"),
     "untied": ("loreft", "direft"), "sites": ("ia3", "lora")}
@@ -125,7 +125,7 @@ def convert(args) -> None:
 
 def bench(args) -> None:
     """Runs the program in benchmarks/, outside the package, that belongs to this command, with its own options."""
-    program = Path(minireft.__file__).parent.parent / "benchmarks" / PROGRAMS[args.command]
+    program = Path(minireft.__file__).parent.parent / "benchmarks" / PROGRAMS[getattr(args, "what", args.command)]
     if not program.is_file():
         raise ValueError(f"`minireft {args.command}` needs benchmarks/{program.name}, which is not installed: "
                          "run it in a clone of the source")
@@ -134,6 +134,11 @@ def bench(args) -> None:
 
 def profile(args) -> None:
     """A program in benchmarks/, too."""
+    bench(args)
+
+
+def analyse(args) -> None:
+    """Again, one for each thing to analyse."""
     bench(args)
 
 
@@ -195,7 +200,8 @@ COMMANDS = {                            # in the order of --help
     "tools": {pretrain: "train a base from nothing",
               convert: "write a base or an adapter in another program's form",
               bench: "time the CPU kernels beside plain PyTorch (in a clone)",
-              profile: "count what a CUDA kernel does, without a GPU (in a clone)"},
+              profile: "count what a CUDA kernel does, without a GPU (in a clone)",
+              analyse: "fine-tune with noise and without, and see what changes (in a clone)"},
 }
 
 
@@ -269,6 +275,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, metavar="N", help="of the weights and the corpus (default: 0)")
     add("--processes", type=number(int, 1), default=2, metavar="N", help="of one thread each (default: 2)")
 
+    p[analyse].add_argument("what", choices=("neftune",), help="its options: --seeds N, --quick, --out FOLDER (runs/neftune)")
+
     add = p[convert].add_argument
     add("src", metavar="FROM", help="a base (ours, Hugging Face's folder, llama2.c's .bin) or, with --base, an adapter "
         "(ours, pyreft's, PEFT's)")
@@ -287,7 +295,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = build_parser()
     args, args.options = parser.parse_known_args(argv)
-    if args.options and args.run not in (bench, profile):
+    if args.options and args.run not in (bench, profile, analyse):
         parser.error(f"unrecognized arguments: {' '.join(args.options)}")
     args.argv = argv
     try:

@@ -102,12 +102,15 @@ def test_doctor_and_help():
     assert verbs[:5] == ["demo", "tune", "generate", "evaluate", "doctor"] and "pretrain" in verbs[5:]
 
 
-@pytest.mark.parametrize("tool", ["bench", "profile"])
+@pytest.mark.parametrize("tool", ["bench", "profile", "analyse"])
 def test_tools_that_need_the_source(tool, tmp_path, refused, monkeypatch):
     shown = minireft_process(tool, "--help")
     assert shown.returncode == 0 and f"usage: minireft {tool}" in shown.stdout.replace("kernels.py", "minireft bench")
+    if tool == "analyse":
+        assert minireft_process(tool, "neftune", "--seeds", "1").stderr.endswith("--seeds 1: expected 2 to 7\n")      # the program's own word
+        tool = ["analyse", "neftune"]
     monkeypatch.setattr(minireft, "__file__", str(tmp_path / "minireft" / "__init__.py"))   # as when installed from a wheel
-    assert "run it in a clone of the source" in refused(tool)
+    assert "run it in a clone of the source" in refused(*([tool] if isinstance(tool, str) else tool))
 
 
 # ----------------------------------------------------------------------------------------------------- stopped and resumed

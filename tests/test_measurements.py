@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import minireft
-from benchmarks import das, training
+from benchmarks import das, neftune, training
 from minireft.tasks.world import ATTRIBUTES, VOCABULARY, World
 
 
@@ -53,6 +53,37 @@ def test_ratios_are_of_the_same_round():
     found = training.measure({"floor": lambda: sum(range(20000)), "twice": lambda: sum(range(40000)), "pyreft's floor": lambda: None}, 0)
     assert found["rounds"] == 7 and found["providers"]["floor"]["ratio"] == [1, 1, 1]
     assert all(len(row["milliseconds"]) == 3 and row["milliseconds"] == sorted(row["milliseconds"]) for row in found["providers"].values())
+
+
+def test_intervals_are_student_s():
+    assert neftune.interval([1.0, 1.0, 1.0]) == (1, 0)
+    mean, half = neftune.interval([1.0, 2.0, 3.0, 4.0])                   # std √(5/3), t(0.975; 3) = 3.182
+    assert mean == 2.5 and half == pytest.approx(3.182 * (5 / 3) ** 0.5 / 2)
+
+
+def test_the_table_pairs_seeds():
+    rows = [{name: float(seed) for name in neftune.MEASURES} for seed in range(3)]
+    lines = neftune.table({"no noise": rows, "noise": [{name: x + 0.5 for name, x in row.items()} for row in rows],
+                           neftune.CONTROL: [{"length": 2 * row["length"]} for row in rows]})
+    assert sum("difference +0.5000 ± 0.0000" in line for line in lines) == len(neftune.MEASURES)         # seeds differ, differences do not
+    assert sum(neftune.CONTROL in line for line in lines) == 1
+
+
+def test_noise_is_measured_on_what_was_trained(shipped_base):
+    model, tokenizer = shipped_base
+    examples = minireft.tasks.load("instructions", "train", 12)
+    shares = [neftune.nearest(model, examples, alpha) for alpha in (0.0, 5.0, 100.0, 1e4)]
+    assert shares[0] == 1 and shares == sorted(shares, reverse=True) and shares[-1] < 0.05
+    own, forced = neftune.answers(model, examples), neftune.answers(model, examples, longer=4)
+    for short, long in zip(own, forced):
+        assert long.startswith(short) and len(long.split()) >= len(short.split()) + 4
+    assert not model.head.edits
+    quiet = neftune.loss(model, examples)
+    with minireft.NEFTune(model.train(), alpha=100.0):                    # attached, and nothing is heard of it
+        assert neftune.answers(model, examples) == own and neftune.loss(model, examples) == quiet
+    model.eval()
+    by_hand = minireft.evaluation.mean_log_likelihoods(model, [minireft.data.encode(tokenizer, examples[0], 96)])
+    assert neftune.loss(model, examples[:1]) == pytest.approx(-by_hand[0], rel=1e-4)
 
 
 @pytest.mark.slow
