@@ -62,6 +62,18 @@ WRONG = {  # exercise → what people write first: why it is wrong → the answe
         "adds without taking away": "return h + s @ R.T @ R",
         "the whole state": "return s",
     },
+    "07.1": {
+        "infinite where p rounds to 1": "return -torch.log(1 - logits.softmax(0)[token])",
+        "never above 4.6": "return -torch.log(1 - logits.softmax(0)[token] + 0.01)",
+        "cut off, and its gradient with it": "return -torch.log((1 - logits.softmax(0)[token]).clamp(min=1e-6))",
+        "the likelihood": "return logits.logsumexp(0) - logits[token]",
+    },
+    "07.2": {
+        "padding counts as tokens": "return -(log_p * mask).mean(1).log_softmax(0)[right]",
+        "padding counts in the sum": "return -(log_p.sum(1) / mask.sum(1)).log_softmax(0)[right]",
+        "not divided by length": "return -(log_p * mask).sum(1).log_softmax(0)[right]",
+        "the likelihood, whatever the others": "return -((log_p * mask).sum(1) / mask.sum(1))[right]",
+    },
 }
 
 

@@ -124,7 +124,7 @@ def run(source: Path):
         os.environ |= {"OMP_NUM_THREADS": "1", "IPYTHONDIR": home, "JUPYTER_RUNTIME_DIR": home,
                        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
         os.environ.pop("MPLBACKEND", None)
-        files = Config({"KernelManager": {"transport": "ipc"}})           # no network ports
+        files = Config({"KernelManager": {"transport": "ipc", "connection_file": f"{home}/kernel.json"}})   # no network ports
         worker = ExecutePreprocessor(config=files, timeout=900, kernel_name="python3")
         worker.preprocess(notebook, {"metadata": {"path": str(HERE)}})
     return notebook
