@@ -54,7 +54,7 @@ def tune(args) -> None:
     adapter = adapters.KINDS[kind](model, **options) if kind else None
     noise = [minireft.NEFTune(model, alpha=args.neftune, seed=args.seed)] if args.neftune is not None else []
     config = minireft.TrainConfig(steps=args.steps, lr=args.lr or lr, batch_size=args.batch_size, seed=args.seed,
-                                  full=adapter is None)
+                                  pack=args.pack, full=adapter is None)
     if adapter:
         adapter.print_trainable_parameters()
     else:
@@ -251,6 +251,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--untied", action="store_true", default=None, help="loreft, direft: own weights for first and last tokens")
     add("--sites", metavar="LIST", help="ia3 (default key,value,ffn), lora (default query,value; or all)")
     add("--neftune", type=number(float, 0), metavar="ALPHA", help="noise on the embeddings while training; 5 is usual")
+    add("--pack", action="store_true", help="several examples to a row of the context: the same training, fewer rows")
     add("--steps", type=number(int, 1), default=200, metavar="N", help="default: 200")
     add("--batch-size", type=number(int, 1), default=16, metavar="N", help="examples in a step (default: 16)")
     add("--lr", type=number(float, 0, above=True), metavar="X",

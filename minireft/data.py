@@ -44,14 +44,14 @@ class Batch:
     """Right-padded rows. `answer` marks the tokens that are to be predicted: the completion and the end of text.
 
     A multiple choice takes a row for each choice, the right one (choice 0) first. For an encoder–decoder, tokens are the
-    decoder's: its start and the completion.
+    decoder's: its start and the completion. Where a row packs several examples, `mask` numbers them, 1, 2, ...
     """
 
     tokens: Tensor                      # (B, T) int64
     mask: Tensor                        # (B, T) bool, True = real token
-    prompt_lengths: Tensor              # (B,)
+    prompt_lengths: Tensor | None       # (B,), or None where rows are packed
     answer: Tensor                      # (B, T) bool
-    example: Tensor                     # (B,) which example a row belongs to: 0, 1, ... in order
+    example: Tensor                     # (B,) which example a row belongs to: 0, 1, ... in order; (B, T) a packed row's tokens
     choice: Tensor                      # (B,) which of its choices a row holds: 0 the right one, then the wrong ones
     label: Tensor | None = None         # (B,) for a classifier
     prompt: Tensor | None = None        # (B, S) what an encoder–decoder's encoder reads, and its mask
@@ -164,6 +164,29 @@ def collate(rows: list[Encoded], pad: int = 0, start: int | None = None) -> Batc
     prompt, prompt_mask = padded([ids[:n] for (_, _, ids), n in zip(laid, lengths)], pad)  # (B, S) both
     tokens, mask = padded([[start, *ids[n:]] for (_, _, ids), n in zip(laid, lengths)], pad)             # (B, T) both
     return Batch(tokens, mask, lengths, mask & (torch.arange(tokens.shape[1]) > 0), example, choice, label, prompt, prompt_mask)
+
+
+def pack(rows: list[Encoded], most: int, pad: int = 0) -> Batch:
+    """A batch with several examples in a row, each in the first row where no more than `most` tokens come together.
+
+    They do not see one another, so loss and gradients are those of `collate`. ValueError for what cannot share a row: choices,
+    classes, and examples of more than `most` tokens.
+    """
+    lines: list[list[int]] = []                                           # which examples share a row
+    for i, row in enumerate(rows):
+        if row.wrong or row.label is not None or len(row.ids) > most:
+            raise ValueError(f"example {i} of {len(row.ids)} tokens cannot be packed: expected a prompt and a completion, without "
+                             f"choices or classes, of {most} tokens at most")
+        line = next((line for line in lines if sum(len(rows[j].ids) for j in [*line, i]) <= most), None)
+        if line is None:
+            lines.append(line := [])
+        line.append(i)
+
+    def laid(of) -> Tensor:                                               # (B, T) of(place in its row, example, token)
+        return padded([[of(n, i, k) for n, i in enumerate(line) for k in range(len(rows[i].ids))] for line in lines], 0)[0]
+    tokens, _ = padded([sum((rows[i].ids for i in line), []) for line in lines], pad)
+    answer = laid(lambda n, i, k: k >= max(1, rows[i].prompt_length)).bool()
+    return Batch(tokens, laid(lambda n, i, k: n + 1), None, answer, laid(lambda n, i, k: i), torch.zeros(len(lines), dtype=torch.long))
 
 
 def order(n: int, seed: int, first: int, count: int) -> list[int]:

@@ -346,6 +346,12 @@ class Model(nn.Module):
             raise ValueError("tasks are given, and nothing is attached that reads them: attach the bank first")
         if mask is not None and mask.dtype not in ((torch.bool, torch.int64) if cache is None else (torch.bool,)):
             raise ValueError(f"mask is {mask.dtype}: expected torch.bool, True = real token; or, without a cache, int64 document numbers")
+        if mask is not None and mask.dtype != torch.bool and mask.device.type == "cpu" and not torch.compiler.is_compiling():
+            begins = F.pad(mask, (1, 0)).diff() != 0                      # (B, T)
+            pieces = mask.mul(begins).sort(1).values                      # (B, T) the numbers that begin a piece, behind zeros
+            if (mask < 0).any() or ((pieces[:, 1:] == pieces[:, :-1]) & (pieces[:, 1:] > 0)).any():
+                raise ValueError(f"mask is {mask.tolist()}: expected each document's number, above 0, on one unbroken piece of its row, "
+                                 "and 0 for padding")
         new = T if decoder_tokens is None else decoder_tokens.shape[1]
         longest = max(T, new + (cache.longest if cache else 0))
         if longest > self.config.context:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from . import files
 from .adapters import Adapter, Bank, fingerprint, labels_of, task_ids
-from .data import Encoded, Example, collate, encode, encode_label, order
+from .data import Encoded, Example, collate, encode, encode_label, order, pack
 from .losses import OBJECTIVES
 from .model import Model
 
@@ -42,6 +42,7 @@ class TrainConfig:
     clip: float = 1.0                   # the gradient's largest norm; 0 = no clipping
     bf16: bool = False                  # autocast the forward pass
     recompute: bool = False             # gradient checkpointing: blocks run again in the backward pass; less memory
+    pack: bool = False                  # several examples to a row, up to the context: fewer rows, the same gradients
     full: bool = False                  # train the base itself as well
     seed: int = 0                       # of the examples' order
     save_every: int = 50                # steps between checkpoints, when there is an output folder
@@ -162,6 +163,9 @@ def train(model: Model, adapters: list[Adapter] = (), examples: list[Example] = 
         task_ids(model, [row.task for row in rows])                       # an unknown task is an error before the first step
         if any(isinstance(adapter, Bank) for adapter in adapters) and not all(row.task for row in rows):
             raise ValueError("a bank is to be trained, and some examples name no task: give each Example its task=...")
+        if config.pack and (choices or labels or model.two or any(isinstance(adapter, Bank) for adapter in model.adapters)):
+            raise ValueError("pack=True puts several examples in a row: choices, a classifier, a bank's tasks and an "
+                             "encoder–decoder need a row for each; leave it out")
         optimizer = make_optimizer(config, trained)
         optimizer.zero_grad()                                             # an interrupted step may have left gradients
         first = checkpoint.begin(optimizer, resume) if checkpoint else 0
@@ -213,8 +217,9 @@ def one_step(model, adapters, rows, step, config, optimizer, trained, rate, team
     share = B // team.size
     piece, total = share // config.accumulate, torch.zeros((), device=device)
     for first in range(team.rank * share, (team.rank + 1) * share, piece):
-        batch = collate(chosen[first : first + piece], start=model.config.start).to(device)
-        tasks = task_ids(model, [chosen[first + i].task for i in batch.example.tolist()])   # (B,) or None
+        some = chosen[first : first + piece]
+        batch = (pack(some, model.config.context) if config.pack else collate(some, start=model.config.start)).to(device)
+        tasks = None if config.pack else task_ids(model, [some[i].task for i in batch.example.tolist()])     # (B,) or None
         for adapter in adapters:                                          # numbers that never repeat, whatever the shares
             adapter.begin(step, step * B + first + batch.example)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):

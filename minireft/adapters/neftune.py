@@ -29,12 +29,12 @@ class Noise:
 
 
 class NEFTune(Adapter):
-    """alpha α ≥ 0; length "real" (each row's own tokens, none on padding: the authors' training code) or "padded" (the
-    row with its padding: the paper's algorithm and the libraries); distribution "uniform" or "gaussian" (the
+    """alpha α ≥ 0; length "real" (each example's own tokens, also where a row packs several documents, and none on padding:
+    the authors' training code) or "padded" (the whole row: the paper's algorithm and the libraries); distribution "uniform" or "gaussian" (the
     ablation: N(0, 1) in the place of U[−1, 1]); seed of the noise. No parameters. Raises ValueError for values out of range.
 
-    The noise is a function of (seed, step, example, token, channel), not of torch's generator: padding, batching and
-    resuming do not change it. Every pass is a new step; the trainer says before each which step and examples it is (`begin`),
+    The noise is a function of (seed, step, example, token, channel), not of torch's generator: padding, packing, batching
+    and resuming do not change it. Every pass is a new step; the trainer says before each which step and examples it is (`begin`),
     so that the pieces of a batch share one. Silent unless the model is in training mode.
     """
 
@@ -48,7 +48,7 @@ class NEFTune(Adapter):
             raise ValueError(f"seed is {seed!r}: expected a whole number from 0 to 2³² − 1")
         super().__init__(model, alpha=float(alpha), length=length, distribution=distribution, seed=seed)
         self.seed = torch.tensor([seed, 0], device=model.embed.weight.device)             # (2,) seed and the next pass's step
-        self.rows = None                                                  # (B,) which examples are in the next pass
+        self.rows = None                                                  # (B,) whose the next pass's rows are, or (B, T) its tokens
 
     def edits(self):
         return [(self.model.embed, Noise(self))]
@@ -73,9 +73,11 @@ class NEFTune(Adapter):
         B, T = tokens.shape
         seed, rows, self.rows = self.seed.clone(), self.rows, None        # what `begin` said holds for one pass
         self.seed[1] += 1
+        if rows is None and mask is not None and mask.dtype != torch.bool:                  # as if each document had a row
+            most = mask.amax(1, keepdim=True)                             # (B, 1)
+            rows = most.cumsum(0) - most + mask - 1                       # (B, T)
         if mask is None or self.options["length"] == "padded":
-            lengths, index = tokens.new_full((B,), T), None               # (B,)
-        else:                                                             # padding has length 0: no noise there
-            lengths = mask.sum(1, keepdim=True) * mask                    # (B, T)
-            index = (mask.long().cumsum(1) - 1).clamp(min=0)              # (B, T) the same token has the same index, padded or not
-        return seed, lengths, rows, index
+            return seed, tokens.new_full((B,), T), rows, None
+        same = mask[:, :, None] == mask[:, None, :]                       # (B, T, T) tokens of one document, or of one row
+        lengths = same.sum(2) * (mask > 0)                                # (B, T) padding has length 0: no noise there
+        return seed, lengths, rows, same.tril().sum(2) - 1                # (B, T) a token's index wherever it is packed or padded
