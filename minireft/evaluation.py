@@ -70,8 +70,9 @@ def evaluate(model: Model, tokenizer, examples: list[Example], metrics=None, bat
     """Scores the model, with whatever adapters are attached, in evaluation mode.
 
     "rank": among an example's choices the one of the highest mean log-likelihood a token must be its completion; with
-    length_normalised=False the one of the highest log-likelihood. "exact": the greedy continuation must equal the
-    completion, token for token. A classifier that is attached chooses among its own labels. metrics: None takes both, or "exact" alone where some examples bring no choices.
+    length_normalised=False the one of the highest log-likelihood; a tie is not right. A classifier that is attached
+    chooses among its own labels. "exact": the greedy continuation must equal the completion, token for token. metrics:
+    None takes both, or "exact" alone where some examples bring no choices.
     Raises ValueError for no examples, an unknown metric, and for "rank" without a completion and another to choose from.
     """
     if not examples:

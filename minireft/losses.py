@@ -57,8 +57,9 @@ def unlikelihood(logits: Tensor, batch: Batch, smoothing: float = 0.0) -> Tensor
 
 def length_normalised(logits: Tensor, batch: Batch) -> Tensor:
     """Σ_examples L_LN = −log softmax_choices(β)[right]: what rank classification asks for. See `mean_log_p` for β."""
-    table = logits.new_full((int(batch.example[-1]) + 1, int(batch.choice.max()) + 1), -torch.inf, dtype=torch.float32)
-    table = table.index_put((batch.example, batch.choice), mean_log_p(logits, batch))       # (examples, choices)
+    shape = int(batch.example.max()) + 1, int(batch.choice.max()) + 1
+    table = logits.new_full(shape, -torch.inf, dtype=torch.float32)       # (examples, choices) where there is no choice, −∞
+    table = table.index_put((batch.example, batch.choice), mean_log_p(logits, batch))
     return F.cross_entropy(table, torch.zeros_like(table[:, 0], dtype=torch.long), reduction="sum")
 
 

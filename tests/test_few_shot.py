@@ -36,7 +36,7 @@ def truth(name: str, example: minireft.Example, world=World()) -> str:
     if name == "sums":
         a, b, c = (int(word) for word in text.split() if word.isdigit())
         return f"{a + b - c} "
-    (value,) = {world.value[s, attribute] for s, attribute in world.value for line in WORDINGS[attribute] if f" {line.format(s=s)} " in f" {text} "}
+    (value,) = {value for (s, attribute), value in world.value.items() for line in WORDINGS[attribute] if f" {line.format(s=s)} " in f" {text} "}
     return f"{value} "
 
 
@@ -104,12 +104,12 @@ def base():
 
 def test_the_bill_by_hand_is_the_bill_that_is_counted():
     model = base()
-    bill = tfew.bill(model, "facts", tfew.replace(tfew.CONFIG, steps=20))
+    bill = tfew.bill(model, "labels", tfew.replace(tfew.CONFIG, steps=20))
     for way in ("T-Few", "in the prompt"):
         assert bill[f"by hand, {way}"] == bill[f"flops, {way}"] > 0
     assert bill["flops, T-Few"] < bill["flops, in the prompt, cached"] < bill["flops, in the prompt"]
     assert bill["disk bytes, in the prompt"] < 2000 and bill["disk bytes, T-Few"] > minireft.IA3(model).num_parameters() * 4
-    whole = tfew.flops(lambda: minireft.train(model, [minireft.IA3(model)], few_shot.shots("facts", 0),
+    whole = tfew.flops(lambda: minireft.train(model, [minireft.IA3(model)], few_shot.shots("labels", 0),
                                               tfew.replace(tfew.CONFIG, steps=20), progress=False))
     assert bill["flops, training"] == pytest.approx(whole, rel=0.1)
 
@@ -132,7 +132,8 @@ def test_with_a_cache_only_the_question_is_computed():
 
 def test_medians_and_verdicts():
     assert tfew.median([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]) == pytest.approx((0.35, 0.225, 0.475))
-    rows = {"zero-shot": [[0.1] * 3], "in the prompt": [[0.5] * 3], **{m: [[0.4] * 3] for m in tfew.METHODS}, "all three, pre-trained": [[0.7] * 3]}
+    medians = {"zero-shot": 0.1, "in the prompt": 0.5, **dict.fromkeys(tfew.METHODS, 0.4), "all three, pre-trained": 0.7}
+    rows = {method: [[value] * 3] for method, value in medians.items()}
     results = {"accuracy": {"mood": rows}, "bill": {"mood": {"flops, T-Few": 1.0, "flops, in the prompt": 4.0}}}
     assert tfew.verdicts(results)[0].startswith("mood: T-Few loses to the prompt, 0.40 to 0.50, at 25% of its FLOPs")
     assert tfew.accuracy_table(results).splitlines()[-1] == "| all three, pre-trained | 0.70 (0.70–0.70) |"

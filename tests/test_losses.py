@@ -97,7 +97,7 @@ def test_neither_padding_nor_order_nor_pieces_matter(name, rows, data):
     logits = torch.where(batch.mask[..., None], model(batch.tokens), torch.randn(*batch.tokens.shape, V) * 50)
     without = replace(batch, **{name: getattr(batch, name)[keep] for name in ("tokens", "mask", "answer", "example", "choice")})
     padded = OBJECTIVES[name].total(logits[keep], without).item() / sum(map(OBJECTIVES[name].count, rows))
-    mixed = [Encoded(row.ids, row.prompt_length, wrong=tuple(data.draw(st.permutations(row.wrong)))) for row in data.draw(st.permutations(rows))]
+    mixed = [replace(row, wrong=tuple(data.draw(st.permutations(row.wrong)))) for row in data.draw(st.permutations(rows))]
     for other in (padded, fast(name, mixed), fast(name, rows, pieces=2), fast(name, rows, pad=3)):
         assert other == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
@@ -169,3 +169,25 @@ def test_without_choices_the_first_loss_is_the_plain_one():
     logits = torch.randn(3, 7, small.V)
     total = OBJECTIVES["lm"].total(logits, batch) / sum(map(OBJECTIVES["lm"].count, rows))
     assert torch.equal(total, cross_entropy(logits, batch.tokens, batch.answer))
+
+
+@pytest.mark.parametrize("kind", small.BOTH)
+def test_an_encoder_decoder_scores_the_same_choices(kind):
+    """The paper's setting: the prompt is the encoder's, each choice the decoder's, one by one and without padding here."""
+    base = small.model(kind, dtype=torch.float64)
+    rows = [Encoded([5, 6, 7, 8, 2], 2, wrong=([5, 6, 9, 2], [5, 6, 10, 11, 12, 2])), Encoded([4, 3, 2], 1, wrong=([4, 9, 8, 2],))]
+    batch = collate(rows, start=base.config.start)
+    logits, choices = batch.through(base), []
+    for row in rows:
+        choices.append([])
+        for ids in (row.ids, *row.wrong):
+            prompt, answer = ids[: row.prompt_length], ids[row.prompt_length :]
+            p = base(torch.tensor([prompt]), decoder_tokens=torch.tensor([[base.config.start, *answer]]))[0].log_softmax(-1)
+            choices[-1].append([p[t, token].item() for t, token in enumerate(answer)])
+    right, wrong = ([p for example in choices for one in example[part] for p in one] for part in (slice(1), slice(1, None)))
+    betas = [[sum(one) / len(one) for one in example] for example in choices]
+    expected = {"lm": -sum(right) / len(right), "unlikelihood": -sum(math.log1p(-math.exp(p)) for p in wrong) / len(wrong),
+                "length": sum(math.log(sum(map(math.exp, b))) - b[0] for b in betas) / 2}
+    for name, value in expected.items():
+        ours = OBJECTIVES[name].total(logits, batch) / sum(map(OBJECTIVES[name].count, rows))
+        assert ours.item() == pytest.approx(value, rel=1e-5)
