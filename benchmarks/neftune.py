@@ -1,5 +1,5 @@
 """What noise on the embeddings does to a fine-tuned model: the analyses of NEFTune's paper in miniature (Jain et al. 2023).
-Run: minireft analyse neftune [--seeds 4] [--quick] [--out FOLDER]          (or python benchmarks/neftune.py; about 7 minutes)
+Run: minireft analyse neftune [--seeds 4] [--quick] [--out FOLDER]          (or python benchmarks/neftune.py; about 6 minutes)
 You should see, for each kind of noise, means over seeds with 95 % intervals, and neftune.json and neftune.png in FOLDER.
 
 The shipped base is fine-tuned in full on 256 instructions, the demo's recipe; a seed is another set of examples, order and

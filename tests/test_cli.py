@@ -113,6 +113,12 @@ def test_tools_that_need_the_source(tool, tmp_path, refused, monkeypatch):
     assert "run it in a clone of the source" in refused(*([tool] if isinstance(tool, str) else tool))
 
 
+def test_packing_is_for_methods_that_edit_no_positions(tiny_base, tmp_path, refused):
+    tune = ["tune", "--task", "facts", "--limit", "4", "--steps", "1", "--pack", "--quiet", "--base", tiny_base]
+    assert "rows that are not packed" in refused(*tune, "--out", tmp_path / "a")
+    assert main([*map(str, tune), "--method", "ia3", "--out", str(tmp_path / "b")]) == 0
+
+
 # ----------------------------------------------------------------------------------------------------- stopped and resumed
 
 def test_an_interrupted_run_says_how_to_resume_and_ends_in_the_same_bits(tiny_base, tmp_path):

@@ -4,12 +4,14 @@ Run:  pytest tests/test_neftune.py
 See:  one entry of the noise has variance α²/(3TC), T a row's real tokens; evaluation never hears it.
 """
 
+import signal
+
 import pytest
 import small
 import torch
 
 import minireft
-from minireft import Cache, LoReFT, NEFTune, TrainConfig
+from minireft import IA3, Cache, LoReFT, NEFTune, TrainConfig, ops
 
 
 def wide(**changes):
@@ -142,6 +144,48 @@ def test_silent_after_training_that_was_interrupted(error, monkeypatch):
         minireft.train(model, [LoReFT(model, rank=1), noise], [minireft.Example("w1", "w2")], TrainConfig(steps=4, batch_size=2), progress=False)
     assert len(steps) == 2 and not noise.attached and not model.training
     assert torch.equal(model(tokens), quiet) and torch.equal(model.train()(tokens), quiet)
+
+
+@pytest.mark.parametrize("after", (3, 10))
+def test_silent_after_ctrl_c_in_the_middle_of_a_step(after):
+    """A real signal, while the noise stands on the embedding: in a forward pass of some step."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)     # a shell that runs tests in the background ignores it
+    model, tokens = small.model(), torch.stack(small.rows([4]))
+    quiet, noise, passes = model(tokens), NEFTune(model, alpha=100.0), []
+
+    def interrupt(operation, context):
+        passes.append(noise.attached and model.training)
+        if len(passes) == after:
+            signal.raise_signal(signal.SIGINT)
+        return operation
+    interrupt.adapter = None
+    model.blocks[1].output.edits.append(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            minireft.train(model, [IA3(model), noise], [minireft.Example("w1", "w2")], TrainConfig(steps=40, batch_size=2), progress=False)
+    finally:
+        signal.signal(signal.SIGINT, before)
+        model.blocks[1].output.edits.remove(interrupt)
+    assert len(passes) == after and all(passes) and not noise.attached and not model.training and model.adapters == []
+    assert torch.equal(model(tokens), quiet) and torch.equal(model.train()(tokens), quiet)
+    assert not any(site.edits for site in model.sites().values())
+
+
+@pytest.mark.emulator
+@pytest.mark.skipif(not ops.backends()["emulator"], reason="the emulator is not built")
+@pytest.mark.parametrize("length", ("real", "padded"))
+def test_same_seed_same_noise_on_the_cpu_the_emulator_and_in_plain_pytorch(length):
+    """To the bit, through the adapter: rows, padded on either side, and packed."""
+    model, rows = small.model().train(), small.rows([5, 2, 7])
+    batches = [small.pad(rows, "left"), small.pad(rows, "right", more=3), (torch.cat(rows)[None], torch.tensor([[1] * 5 + [2] * 2 + [3] * 7]))]
+    adapter = NEFTune(model, alpha=5.0, length=length, seed=2**31 + 7)
+    for tokens, mask in batches:
+        whose = torch.arange(len(tokens)) * 2**33
+        found = []
+        for backend in ("cpu", "emulator", "reference"):
+            with ops.use(backend):
+                found.append(noise_of(adapter, tokens, mask, step=11, rows=whose))
+        assert found[0].abs().max() > 0 and torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 def test_one_is_enough():
