@@ -18,6 +18,7 @@ namespace minireft::cpu {
 
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
+struct pair { bf16 low, high; };  // two bfloat16 in a lane: where the processor can, both products are added at once
 
 #ifdef __AVX512F__
 constexpr int VECTOR_BYTES = 64;
@@ -34,6 +35,12 @@ using vecf = vec<float>;
 typedef uint32_t vecu __attribute__((vector_size(VECTOR_BYTES)));
 typedef int32_t veci __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint16_t half_bits __attribute__((vector_size(VECTOR_BYTES / 2)));
+
+#ifdef __AVX512BF16__
+constexpr bool HAS_PAIRS = true;
+#else
+constexpr bool HAS_PAIRS = false;
+#endif
 
 template <class V> V read(const void* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
 template <class V> void write(void* p, V v) { std::memcpy(p, &v, sizeof v); }
@@ -79,12 +86,16 @@ inline vecf load(const f16* p) {
 inline void store(float* p, vecf v) { write(p, v); }
 inline void store(double* p, vec<double> v) { write(p, v); }
 inline void store(bf16* p, vecf v) {
+#ifdef __AVX512BF16__
+  write(p, _mm512_cvtneps_pbh((__m512)v));
+#else
   const vecu bits = (vecu)v, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const vecu result = v != v ? (vecu){} + 0x7fc0 : rounded;
 #ifdef __AVX512F__
   write(p, _mm512_cvtepi32_epi16((__m512i)result));
 #else
   write(p, __builtin_convertvector(result, half_bits));
+#endif
 #endif
 }
 inline void store(f16* p, vecf v) {
@@ -106,6 +117,24 @@ template <class T> vec<T> load(const T* p, int64_t n) {
 template <class T> void store(T* p, vec<T> v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) narrow(v[i], p[i]);
 }
+
+// ---- products ----------------------------------------------------------------------------------------------------------
+
+inline vecu load(const pair* p) { return read<vecu>(p); }
+inline vecu load(const pair* p, int64_t n) { vecu v = {}; std::memcpy(&v, p, n * sizeof *p); return v; }
+
+// acc + a · b in each lane, for a number or a vector a.
+template <class A, class V> inline V add_product(V acc, A a, V b) { return acc + a * b; }
+#ifdef __AVX512BF16__
+inline vecf add_product(vecf acc, vecu a, vecu b) {
+  return (vecf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+}
+inline vecf add_product(vecf acc, pair a, vecu b) { return add_product(acc, vecu{} + read<uint32_t>(&a), b); }
+#endif
+
+// Two vectors of bfloat16 values, lane by lane, as pairs.
+inline vecu join(vecf low, vecf high) { return ((vecu)low >> 16) | ((vecu)high & 0xffff0000u); }
+inline pair join(float low, float high) { pair p; narrow(low, p.low), narrow(high, p.high); return p; }
 
 // body(c, load, store) for each vector of a row of C elements, the incomplete one at the end last.
 template <class T, class Body>

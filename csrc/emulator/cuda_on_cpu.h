@@ -265,7 +265,11 @@ struct Exchange {
     memcpy(warp.slot[turn][block.current->id % WARP], &mine, sizeof(T));
     meet_warp(what, file, line);
   }
-  const T& of(int lane) const { return *reinterpret_cast<const T*>(warp.slot[turn][lane]); }
+  T of(int lane) const {
+    T value;
+    memcpy(&value, warp.slot[turn][lane], sizeof(T));
+    return value;
+  }
 };
 
 template <class T>

@@ -1,0 +1,95 @@
+// The gradients of h + Aᵀ(D h + b) on the CPU: u = A g, dh = g + Dᵀu, dD = Σ u hᵀ, dA = Σ δ gᵀ, db = Σ u over rows.
+// One pass reads g and h and writes dh while the weights' sums stay in cache; pieces of rows add up in a fixed order.
+// You should see the same bits on any number of threads.
+#include "parallel.h"
+#include "products.h"
+#include "rows.h"
+
+namespace minireft::cpu {
+namespace {
+
+constexpr int WIDE_TILE = 64, GROUP = VECTOR_BYTES / 8;   // rows per tile at most; rows per pass: 8 with 32 registers, else 4
+
+template <class T, class W>
+void backward(const Edit& e, const EditBackward& f) {
+  using F = wide<T>;
+  using M = multiplier<W>;
+  const int64_t C = e.C, r = e.r, n_units = units<M>(r);
+  const Wide<W> D(f.down, e.weight_dtype, e.K * r * C), A(f.up, e.weight_dtype, e.K * r * C);
+  const bool want_weights = f.ddown, want_h = f.dh.data;
+  if (want_weights)
+    with_type(e.weight_dtype, [&](auto t) {
+      std::memset(f.ddown, 0, e.K * r * C * sizeof t);
+      std::memset(f.dup, 0, e.K * r * C * sizeof t);
+      std::memset(f.dbias, 0, e.K * r * sizeof t);
+    });
+  // Where D, dD and dA fit in a core's cache, a tile is one pass over whole rows, read in memory's order; otherwise many rows
+  // share a block of columns, whose weights then stay in cache.
+  const bool small = 3 * r * C * sizeof(F) <= (512 << 10);
+  const int64_t tile = small ? GROUP : WIDE_TILE, L = lanes<F>;
+  const int64_t width = small ? C : std::max<int64_t>(4 * L, (64 << 10) / (r * sizeof(F)) / L * L);
+  for (const Group& group : group_rows(e)) {
+    const W* up = A.data + group.bank * r * C;
+    const std::vector<M> down = want_h ? packed<M>(D.data + group.bank * r * C, C, r) : std::vector<M>();
+    // Pieces of rows, each with its own sums, added up in their order: the sizes alone decide how many.
+    const int64_t size = packed_size<F>(C, r), stride = want_weights ? 2 * size + (r + L - 1) / L * L : 0;
+    const int64_t least = std::clamp<int64_t>(32 * r, 64, 256);
+    const int64_t most = std::clamp<int64_t>((8 << 20) / (int64_t)(sizeof(F) * (stride + 1)), 1, 16);
+    const int64_t pieces = std::clamp<int64_t>(group.count / least, 1, most);
+    std::vector<F> sums(pieces * stride);
+    parallel(pieces, [&](int64_t piece) {
+      std::vector<F> u(tile * r), delta(tile * r);
+      std::vector<M> by_rank(tile * n_units), by_row(tile * r), delta_by_row(tile * r);
+      F *dD = sums.data() + piece * stride, *dA = dD + size, *db = dA + size;
+      const int64_t end = group.count * (piece + 1) / pieces;
+      for (int64_t begin = group.count * piece / pieces; begin < end; begin += tile) {
+        const int64_t rows = std::min<int64_t>(tile, end - begin);
+        const T *g[WIDE_TILE], *h[WIDE_TILE];
+        T* dh[WIDE_TILE];
+        for (int64_t i = 0; i < rows; ++i) {
+          const int64_t n = group[begin + i];
+          g[i] = row<T>(e, f.g, n);
+          h[i] = f.rows ? (const T*)f.rows + n * C : row<T>(e, f.h, n);
+          if (want_h) dh[i] = row<T>(e, f.dh, n);
+          std::copy_n((const F*)f.delta + n * r, r, &delta[i * r]);
+        }
+        dots<T>(g, rows, up, C, r, u.data());
+        if (want_weights)
+          for (int64_t i = 0; i < rows; ++i)
+            for (int64_t k = 0; k < r; ++k) db[k] += u[i * r + k];
+        const M *u_ranks = of_ranks<M>(u.data(), rows, r, by_rank), *u_rows = of_rows<M>(u.data(), rows, r, by_row);
+        const M* delta_rows = of_rows<M>(delta.data(), rows, r, delta_by_row);
+        for (int64_t c = 0; c < C; c += width)
+          in_groups<GROUP>(rows, [&](int64_t i, auto R) {
+            const auto pass = [&](auto H, auto G) {
+              gradients<T, M, R, H.value, G.value>(g + i, h + i, dh + i, u_ranks + i * n_units, u_rows + i / per<M> * r,
+                                                   delta_rows + i / per<M> * r, down.data(), dD, dA, r, c, std::min(c + width, C));
+            };
+            if (want_h && want_weights) pass(std::true_type{}, std::true_type{});
+            else if (want_h) pass(std::true_type{}, std::false_type{});
+            else if (want_weights) pass(std::false_type{}, std::true_type{});
+          });
+      }
+    });
+    if (!want_weights) continue;
+    for (int64_t piece = 1; piece < pieces; ++piece)
+      for (int64_t i = 0; i < stride; ++i) sums[i] += sums[piece * stride + i];
+    with_type(e.weight_dtype, [&](auto t) {
+      using Weight = decltype(t);
+      if constexpr (std::is_same_v<wide<Weight>, F>) {
+        unpack(sums.data(), (Weight*)f.ddown + group.bank * r * C, C, r);
+        unpack(sums.data() + size, (Weight*)f.dup + group.bank * r * C, C, r);
+        for (int64_t k = 0; k < r; ++k) narrow(sums[2 * size + k], ((Weight*)f.dbias)[group.bank * r + k]);
+      }
+    });
+  }
+}
+
+}  // namespace
+
+const char* low_rank_edit_backward(const Edit& e, const EditBackward& f, void*) {
+  with_types(e.dtype, e.weight_dtype, [&](auto t, auto w) { backward<decltype(t), decltype(w)>(e, f); });
+  return nullptr;
+}
+
+}  // namespace minireft::cpu
