@@ -91,7 +91,8 @@ class Run:
 def make_optimizer(config: TrainConfig, parameters: list) -> torch.optim.Optimizer:
     if config.optimizer == "adafactor":
         # Adafactor's steps are relative to a parameter's size, but at least its second eps: 1 makes them absolute, since
-        # vectors that are stored as l − 1 start at size 0. (T-Few's code stores l, of size 1: the same steps.)
+        # vectors that are stored as l − 1 start at size 0. (T-Few's code stores l, of size 1: the same steps.) Second moments
+        # are factored over (layers, width), where T-Few's vectors, each by itself, have one for every entry.
         return torch.optim.Adafactor(parameters, lr=config.lr, weight_decay=config.weight_decay, eps=(None, 1.0))
     return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
 

@@ -23,7 +23,7 @@ from minireft.tasks import few_shot
 model, tokenizer = minireft.load("base")
 shots, asked = few_shot.shots("mood", subset=0), few_shot.test("mood", template=0)               # 16 × 3, 100
 print(asked[0].prompt, *asked[0].choices, sep="\n    ")
-assert len(shots) == 48 and len(asked) == 100 and all(len(e.choices) == 2 for e in asked)
+assert (len(shots), len(asked)) == (48, 100) and not {e.prompt for e in shots} & {e.prompt for e in asked}
 
 # %% [markdown]
 # `shots` are sixteen reviews, each asked in three ways (three *templates*), so that nothing hangs on one wording.
