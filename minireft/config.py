@@ -58,6 +58,8 @@ class ModelConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads {self.heads} is no multiple of kv_heads {self.kv_heads}")
+        if self.masked_head and self.activation in ("swiglu", "geglu_tanh"):
+            raise ValueError(f"masked_head has a plain activation of its own, and activation is {self.activation!r}: expected gelu, gelu_tanh or relu")
         if not 0 <= self.encoder_layers <= self.layers:
             raise ValueError(f"encoder_layers is {self.encoder_layers}: expected 0 (a decoder) to layers {self.layers} (an encoder)")
         if self.rotary_scaling is not None:

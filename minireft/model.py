@@ -110,14 +110,15 @@ class Activation(Site):
 
 
 class MaskedHead(Linear):
-    """BERT's way to the vocabulary: V (norm(gelu(D h + d))) + b (Devlin et al. 2018): (B, T, C) → (B, T, V)."""
+    """BERT's way to the vocabulary: V norm(γ(D h + d)) + b (Devlin et al. 2018): (B, T, C) → (B, T, V)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__(config.width, config.vocab_size, True)
         self.dense, self.norm = nn.Linear(config.width, config.width), nn.LayerNorm(config.width, config.norm_eps)
+        self.activation = PLAIN[config.activation]
 
     def operation(self, x: Tensor) -> Tensor:
-        return super().operation(self.norm(F.gelu(self.dense(x))))
+        return super().operation(self.norm(self.activation(self.dense(x))))
 
 
 @dataclass

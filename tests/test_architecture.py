@@ -16,7 +16,7 @@ PACKAGE = ROOT / "minireft"
 ARROWS = {
     "files": "", "reference": "", "positions": "", "losses": "data", "config": "", "cache": "", "geometry": "config", "model": "cache config geometry", "data": "", "tokenizer": "",
     "ops": "reference",
-    "formats": "files model tokenizer",
+    "formats": "config files model tokenizer",
     "adapters": "files formats ops positions",
     "checkpoint": "files formats model tokenizer",
     "generation": "data model",

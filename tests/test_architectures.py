@@ -157,7 +157,7 @@ def test_gradient_checkpointing_changes_nothing():
 @pytest.mark.parametrize("change, words", [
     ({"encoder_layers": 4}, "encoder_layers is 4: expected 0 .* to layers 3"), ({"encoder_layers": -1}, "encoder_layers is -1"),
     ({"rotary_scaling": (0.5, 1, 4, 16)}, "rotary_scaling is .*factor from 1"), ({"rotary_scaling": (2, 4, 4, 16)}, "high above it"),
-    ({"relative_buckets": 3}, "relative_buckets is 3"), ({"relative_furthest": 16}, "relative_buckets is 32: .*relative_furthest 16")])
+    ({"masked_head": True}, "masked_head has a plain activation"), ({"relative_buckets": 3}, "relative_buckets is 3"), ({"relative_furthest": 16}, "relative_buckets is 32: .*relative_furthest 16")])
 def test_bad_configurations_are_named(change, words):
     with pytest.raises(ValueError, match=words):
         ModelConfig(**{**small.SHAPE, **change})

@@ -219,7 +219,7 @@ def test_what_no_architecture_of_theirs_computes_is_not_written(tmp_path):
 # -------------------------------------------------------------------------------------------------- Hugging Face, refusals
 
 @pytest.mark.parametrize("changes, words", (
-    ({"model_type": "qwen3"}, "model_type 'qwen3': expected one of llama, mistral, qwen2, gpt2"),
+    ({"model_type": "mamba"}, "model_type 'mamba': expected one of llama, mistral, qwen2, qwen3, gpt2, opt, bert, roberta, t5"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling"),
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_scaling"),
     ({"hidden_act": "relu"}, "hidden_act 'relu': minireft computes 'silu' only"),
@@ -236,7 +236,7 @@ def test_settings_that_are_not_supported_are_named_before_any_weight_is_looked_f
         minireft.load(tmp_path)
 
 
-@pytest.mark.parametrize("setting, value", (("scale_attn_by_inverse_layer_idx", True), ("activation_function", "relu"), ("scale_attn_weights", False)))
+@pytest.mark.parametrize("setting, value", (("scale_attn_by_inverse_layer_idx", True), ("activation_function", "silu"), ("scale_attn_weights", False)))
 def test_settings_of_gpt2_that_are_not_supported(setting, value):
     with pytest.raises(ValueError, match=setting):
         huggingface.read_config({**GPT2, setting: value})

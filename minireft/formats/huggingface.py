@@ -1,98 +1,25 @@
-"""Hugging Face folders of the Llama family and GPT-2: config.json, safetensors in one file or in shards, tokenizer.json.
+"""Hugging Face folders of the families in families.py: config.json, safetensors in one file or in shards, tokenizer.json.
 
 Use:  model, tokenizer = minireft.load(folder, dtype=torch.bfloat16); huggingface.save(model, tokenizer, folder)
 See:  the logits that transformers computes; a setting that would change them and is not supported is one error, at once.
-
-A family is a table: which setting of theirs is which of ours, which values may stand in the rest, and where weights go.
 """
 
 from __future__ import annotations
 
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .. import files
 from ..model import Model, ModelConfig
 from ..tokenizer import Tokenizer
-
-GIVEN = object()                        # a setting that must be there
-BODIES = ("model.", "transformer.")     # what their names begin with, but for the head's
-
-
-class Row(NamedTuple):
-    """One tensor of theirs: the parameters of ours that it holds, one above the other; transposed: stored as (in, out)."""
-
-    ours: tuple[str, ...]
-    transposed: bool = False
-
-
-class Family(NamedTuple):
-    settings: dict[str, tuple]          # field of ModelConfig → (their name, value where it is absent)
-    fixed: dict                         # fields of ModelConfig that every model of the family has
-    allowed: dict[str, tuple]           # their name → values that minireft computes; absent is the first one
-    weights: dict[str, Row]             # their tensor → ours; {} is the layer
-    ignored: tuple[str, ...]            # endings of tensors that hold nothing learned
-    architecture: str
-
-
-def rows(pairs: dict[str, str]) -> dict[str, Row]:
-    return {theirs: Row((ours,)) for theirs, ours in pairs.items()}
-
-
-LLAMA = Family(
-    settings={"vocab_size": ("vocab_size", GIVEN), "width": ("hidden_size", GIVEN), "layers": ("num_hidden_layers", GIVEN),
-              "heads": ("num_attention_heads", GIVEN), "hidden": ("intermediate_size", GIVEN),
-              "context": ("max_position_embeddings", 2048), "kv_heads": ("num_key_value_heads", None), "head_dim": ("head_dim", None),
-              "norm_eps": ("rms_norm_eps", 1e-6), "rotary_base": ("rope_theta", 10000.0),
-              "tied": ("tie_word_embeddings", False), "bias": ("attention_bias", False)},
-    fixed={"norm": "rms", "positions": "rotary", "activation": "swiglu"},
-    allowed={"hidden_act": ("silu",), "rope_scaling": (None,), "partial_rotary_factor": (None, 1.0)},
-    weights=rows({
-        "model.embed_tokens.weight": "embed.weight",
-        "model.layers.{}.input_layernorm.weight": "blocks.{}.attention_norm.weight",
-        **{f"model.layers.{{}}.self_attn.{theirs}_proj.{part}": f"blocks.{{}}.attention.{ours}.{part}"
-           for part in ("weight", "bias") for theirs, ours in (("q", "query"), ("k", "key"), ("v", "value"), ("o", "output"))},
-        "model.layers.{}.post_attention_layernorm.weight": "blocks.{}.ffn_norm.weight",
-        **{f"model.layers.{{}}.mlp.{name}_proj.{part}": f"blocks.{{}}.ffn.{name}.{part}" for part in ("weight", "bias")
-           for name in ("gate", "up", "down")},
-        "model.norm.weight": "norm.weight",
-        "lm_head.weight": "head.weight"}),
-    ignored=("rotary_emb.inv_freq",),
-    architecture="LlamaForCausalLM")
-
-GPT2 = Family(
-    settings={"vocab_size": ("vocab_size", GIVEN), "width": ("n_embd", GIVEN), "layers": ("n_layer", GIVEN),
-              "heads": ("n_head", GIVEN), "hidden": ("n_inner", None), "context": ("n_positions", GIVEN),
-              "norm_eps": ("layer_norm_epsilon", 1e-5),
-              "activation": ("activation_function", "gelu_new"), "tied": ("tie_word_embeddings", True)},
-    fixed={"norm": "layer", "positions": "learned", "bias": True},
-    allowed={"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)},
-    weights={
-        **rows({"transformer.wte.weight": "embed.weight", "transformer.wpe.weight": "position.weight",
-                "lm_head.weight": "head.weight"}),
-        **rows({f"transformer.{theirs}.{part}": f"{ours}.{part}" for part in ("weight", "bias") for theirs, ours in (
-            ("h.{}.ln_1", "blocks.{}.attention_norm"), ("h.{}.ln_2", "blocks.{}.ffn_norm"), ("ln_f", "norm"))}),
-        # Conv1D, a Linear stored as (in, out); c_attn is query, key and value in one
-        **{f"transformer.h.{{}}.{theirs}.{part}": Row(tuple(f"blocks.{{}}.{name}.{part}" for name in ours), part == "weight")
-           for part in ("weight", "bias") for theirs, ours in (
-               ("attn.c_attn", ("attention.query", "attention.key", "attention.value")), ("attn.c_proj", ("attention.output",)),
-               ("mlp.c_fc", ("ffn.up",)), ("mlp.c_proj", ("ffn.down",)))}},
-    ignored=(".attn.bias", ".attn.masked_bias"),
-    architecture="GPT2LMHeadModel")
-
-MISTRAL = LLAMA._replace(settings={**LLAMA.settings, "kv_heads": ("num_key_value_heads", GIVEN)})
-QWEN2 = MISTRAL._replace(settings={name: pair for name, pair in MISTRAL.settings.items() if name != "bias"},
-                         fixed={**LLAMA.fixed, "qkv_bias": True}, architecture="Qwen2ForCausalLM")
-
-FAMILIES = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "gpt2": GPT2}                # by their model_type
-ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-
+from .families import ACTIVATIONS, BODIES, FAMILIES, GIVEN, HEADS, Family, Row, numbered
 
 # --------------------------------------------------------------------------------------------------------------- settings
 
@@ -114,15 +41,18 @@ def read_config(settings: dict, where="config.json") -> tuple[Family, ModelConfi
         if fields[ours] is GIVEN:
             raise ValueError(f"{where} has no {theirs}: it does not describe a {kind} model; fetch it again")
     if "activation" in family.settings:
-        fields["activation"] = one_of(ACTIVATIONS, fields["activation"], "activation_function", where)
+        fields["activation"] = one_of(ACTIVATIONS, fields["activation"], family.settings["activation"][0], where)
     if fields["hidden"] is None:
         fields["hidden"] = 4 * fields["width"]
     mlp_bias = settings.get("mlp_bias", False)
-    if family is LLAMA and fields["bias"] != mlp_bias:
+    if kind == "llama" and fields["bias"] != mlp_bias:
         raise ValueError(f"{where} has attention_bias {fields['bias']} but mlp_bias {mlp_bias}: minireft has both or neither")
     window = sliding_window(kind, settings)
     if window:                                                            # up to there, all of it is seen
         fields["context"] = min(fields["context"], window)
+    if fields["positions"] == "rotary":
+        fields["rotary_scaling"] = slowing(settings["rope_scaling"], where)
+    family.derive(fields, settings)
     try:
         return family, ModelConfig(**fields)
     except (ValueError, TypeError) as error:
@@ -142,6 +72,18 @@ def rotary(settings: dict, where) -> dict:
     plain = scaling.get("rope_type", scaling.get("type", "default")) == "default"
     theta = found.get("rope_theta", settings.get("rope_theta"))
     return {"rope_theta": theta, "rope_scaling": None if plain else scaling}
+
+
+def slowing(scaling: dict | None, where) -> tuple | None:
+    """Their rope_scaling as ModelConfig.rotary_scaling."""
+    if scaling is None:
+        return None
+    kind, known = scaling.get("rope_type", scaling.get("type")), {"linear": ("factor",), "llama3": (
+        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+    if kind not in known or not all(name in scaling for name in known[kind]):
+        raise ValueError(f"{where} has rope_scaling {scaling}: minireft computes the types linear and llama3, with all their numbers")
+    values = tuple(scaling[name] for name in known[kind])
+    return values if kind == "llama3" else (*values, 1.0, 4.0, 0)         # none is fast enough to be kept
 
 
 def sliding_window(kind: str, settings: dict) -> int | None:
@@ -184,19 +126,19 @@ def find_tensors(folder: Path) -> dict[str, Path]:
                             "model.safetensors.index.json")
 
 
-def plan(folder: Path, family: Family, model: Model) -> dict[Path, dict[str, Row]]:
+def plan(folder: Path, family: Family, model: Model, where: dict[str, Path]) -> dict[Path, dict[str, Row]]:
     """What to read from which file, {file: {their tensor: ours}}; everything is checked before the first weight is read."""
-    where, expected = find_tensors(folder), {name: p.shape for name, p in model.named_parameters()}
+    expected = {name: p.shape for name, p in model.named_parameters()}
     bare = not any(name.startswith(BODIES) for name in where)             # saved without its head: no prefix on the names
     wanted = {}                                                           # their tensor → ours
     for theirs, row in family.weights.items():
-        for layer in range(model.config.layers) if "{}" in theirs else (0,):
-            here = Row(tuple(name.format(layer) for name in row.ours), row.transposed)
+        for their_layer, layer in numbered(theirs, row, model.config):
+            here = row._replace(ours=tuple(name.format(layer) for name in row.ours))
             if here.ours[0] in expected:                                  # biases and an untied head: where the model has them
-                name = theirs.format(layer)
+                name = theirs.format(their_layer)
                 wanted[name.partition(".")[2] if bare and name.startswith(BODIES) else name] = here
-    unknown = [name for name in where if name not in wanted and not name.endswith(family.ignored)
-               and not (name == "lm_head.weight" and model.config.tied)]
+    twice = {name for name, row in family.weights.items() if row.ours == ("head.weight",)} if model.config.tied else ()
+    unknown = [name for name in where if name not in wanted and name not in twice and not name.endswith(family.ignored)]
     for problem, names in (("lacks", wanted.keys() - where.keys()), ("has weights that minireft would not use,", unknown)):
         if names:
             some = ", ".join(sorted(names)[:4]) + (" ..." if len(names) > 4 else "")
@@ -211,7 +153,7 @@ def plan(folder: Path, family: Family, model: Model) -> dict[Path, dict[str, Row
                 if name not in file.keys():
                     raise ValueError(f"{path} does not hold {name}, though the index says so: fetch both again")
                 stored, shape = file.get_slice(name), shape_of(row, expected)
-                if tuple(stored.get_shape()) != shape:
+                if tuple(stored.get_shape())[1 if row.added else 0 :] != shape[1 if row.added else 0 :]:
                     raise ValueError(f"{name} in {path} has shape {tuple(stored.get_shape())}: config.json wants {shape}")
                 if stored.get_dtype() not in ("F64", "F32", "F16", "BF16"):
                     raise ValueError(f"{name} in {path} is stored as {stored.get_dtype()}: quantised weights are not supported")
@@ -220,6 +162,7 @@ def plan(folder: Path, family: Family, model: Model) -> dict[Path, dict[str, Row
 
 def shape_of(row: Row, expected: dict) -> tuple[int, ...]:
     first, *rest = expected[row.ours[0]]
+    first += row.skip
     shape = (sum(expected[name][0] for name in row.ours), *rest) if len(row.ours) > 1 else (first, *rest)
     return shape[::-1] if row.transposed else shape
 
@@ -238,16 +181,28 @@ def load(folder, settings: dict, device=None, dtype=None):
     """
     folder = Path(folder)
     family, config = read_config(settings, folder / "config.json")
+    where, added = find_tensors(folder), {}
+    headed = any(name.startswith(HEADS) for name in where)                # the files know best which head there is
+    if config.masked_head and not headed:                                 # an encoder's body alone
+        config = replace(config, masked_head=False)
+    if config.start is not None and headed:                               # T5 v1.1, whatever its config.json says
+        config = replace(config, tied=False)
     with torch.device("meta"):
         model = Model(config)
-    for path, named in plan(folder, family, model).items():
+    for path, named in plan(folder, family, model, where).items():
         with opened(path) as file:
             for name, row in named.items():
-                whole = file.get_tensor(name)
+                whole = file.get_tensor(name)[row.skip :]
+                if row.added:                                             # to what another row fills: when all is there
+                    added[row.ours[0]] = whole[0]
+                    continue
                 whole = whole.T if row.transposed else whole
+                whole = whole * row.scale(config, settings) if row.scale else whole
                 sizes = [model.get_parameter(ours).shape[0] for ours in row.ours]
                 for ours, part in zip(row.ours, whole.split(sizes)):
                     fill(model, ours, part, device, dtype)
+    for ours, row in added.items():
+        model.get_parameter(ours).add_(row.to(device or "cpu"))
     model.tie()
     model.requires_grad_(False).eval()
     model.tokenizer = Tokenizer.from_file(folder) if (folder / "tokenizer.json").is_file() else None
@@ -257,15 +212,18 @@ def load(folder, settings: dict, device=None, dtype=None):
 # ---------------------------------------------------------------------------------------------------------------- writing
 
 def family_of(config: ModelConfig) -> str:
-    """The model_type of theirs that computes this configuration. ValueError where none does."""
-    square = config.head_dim * config.heads == config.width
-    for kind in ("llama", "qwen2", "gpt2"):
-        family = FAMILIES[kind]
-        mine = {name: getattr(config, name) for name in family.fixed}
-        extra = config.qkv_bias and not config.bias
-        if mine == family.fixed and extra == (kind == "qwen2") and (kind == "llama" or square) and (
-                kind != "gpt2" or config.kv_heads == config.heads and config.activation != "swiglu"):
-            return kind
+    """The model_type of theirs whose settings say all of this configuration. ValueError where there is none."""
+    usual = {kind: ACTIVATIONS.get(family.settings.get("activation", ("", ""))[1]) for kind, family in FAMILIES.items()}
+    for kind, family in sorted(FAMILIES.items(), key=lambda item: usual[item[0]] != config.activation):     # OPT for a relu, not GPT-2
+        known = {*family.settings, *family.fixed, *family.derived} | ({"rotary_scaling"} if config.positions == "rotary" else set())
+        fields = {**{name: getattr(config, name) for name in known}, **family.fixed}
+        narrow = kind == "qwen2" and config.head_dim * config.heads != config.width         # their Qwen2 has no head_dim
+        known_activation = "activation" in family.fixed or config.activation in ACTIVATIONS.values()
+        try:
+            if kind != "mistral" and not narrow and known_activation and ModelConfig(**fields) == config:
+                return kind
+        except ValueError:                                                # fields that do not go together: another family's
+            continue
     raise ValueError(f"no architecture of Hugging Face known here computes {config}: save it as a minireft base")
 
 
@@ -274,26 +232,37 @@ def write_config(config: ModelConfig, tokenizer=None) -> dict:
     kind = family_of(config)
     family = FAMILIES[kind]
     settings = {theirs: getattr(config, ours) for ours, (theirs, _) in family.settings.items()}
-    if kind == "gpt2":
-        settings["activation_function"] = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}[config.activation]
+    if "activation" in family.settings:
+        settings[family.settings["activation"][0]] = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}[config.activation]
     else:
         settings["hidden_act"] = "silu"
     if kind == "llama":
         settings["mlp_bias"] = config.bias
+    if kind == "bert":                                                    # RoBERTa computes the same, and is written as BERT
+        settings["type_vocab_size"] = 1
+    if kind == "t5":
+        settings |= {"num_decoder_layers": config.layers - config.encoder_layers, "decoder_start_token_id": config.start}
+    if config.rotary_scaling:
+        factor, low, high, original = config.rotary_scaling
+        settings["rope_scaling"] = {"rope_type": "linear", "factor": factor} if original == 0 else {
+            "rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high, "original_max_position_embeddings": original}
     ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_id", None) for role in ("bos", "eos", "pad")}
-    return {"architectures": [family.architecture], "model_type": kind, **settings, **ids}
+    return {"architectures": [family.architecture], "model_type": kind, **ids, **settings}
 
 
 def save(model: Model, tokenizer, path, dtype=None) -> None:
     """Writes a folder that transformers loads, with equal logits; dtype of the stored weights (None: as they are)."""
-    folder, settings = Path(path), write_config(model.config, tokenizer)
+    folder, settings, config = Path(path), write_config(model.config, tokenizer), model.config
     mine, tensors = dict(model.named_parameters()), {}
     for theirs, row in FAMILIES[settings["model_type"]].weights.items():
-        for layer in range(model.config.layers) if "{}" in theirs else (0,):
+        for their_layer, layer in numbered(theirs, row, config):
             parts = [mine[name.format(layer)].detach() for name in row.ours if name.format(layer) in mine]
-            if parts:
-                whole = torch.cat(parts) if len(parts) > 1 else parts[0]
-                tensors[theirs.format(layer)] = (whole.T if row.transposed else whole).to(dtype or whole.dtype)
+            if not parts:                                                 # a bias or a head that this model has not
+                continue
+            whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+            whole = whole / row.scale(config, settings) if row.scale else whole
+            whole = torch.zeros_like(whole[:1]) if row.added else F.pad(whole, (0, 0, row.skip, 0)) if row.skip else whole
+            tensors[theirs.format(their_layer)] = (whole.T if row.transposed else whole).to(dtype or parts[0].dtype)
     files.write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     settings["torch_dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     files.write_text(folder / "config.json", json.dumps(settings, indent=2) + "\n")
