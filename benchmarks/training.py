@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from minireft import Cache, DiReFT, LoReFT, Model, ModelConfig, ops
+from minireft.generation import generate_ids
 from minireft.losses import cross_entropy
 
 RESULTS = Path(__file__).parent / "results"
@@ -104,25 +105,33 @@ def step_providers(model: Model, B: int, T: int, positions: str, names) -> dict:
     return providers
 
 
-def peers(c: ModelConfig, tokens, answer, positions) -> dict:
-    """transformers' Llama of the same shape, without and with pyreft; nothing where they are not installed."""
+def peer_models(c: ModelConfig, B: int, T: int, positions: str, cached: bool):
+    """transformers' Llama of the same shape, without and with pyreft, and pyreft's name for the positions; None where they are
+    not installed."""
     try:
         import pyreft
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError:
-        return {}
+        return None
     config = LlamaConfig(vocab_size=V, hidden_size=c.width, intermediate_size=c.hidden, num_hidden_layers=c.layers,
-                         num_attention_heads=c.heads, max_position_embeddings=c.context, use_cache=False)
+                         num_attention_heads=c.heads, max_position_embeddings=c.context, use_cache=cached)
     torch.manual_seed(0)
     bare, edited = (LlamaForCausalLM(config).requires_grad_(False) for _ in range(2))
-    bare.model.layers[0].register_forward_hook(lambda module, inputs, out: (out[0].requires_grad_(), *out[1:]))
     reft = pyreft.get_reft_model(edited, pyreft.ReftConfig(representations=[
         {"layer": layer, "component": "block_output", "low_rank_dimension": RANK,
          "intervention": pyreft.LoreftIntervention(embed_dim=c.width, low_rank_dimension=RANK, dtype=torch.float32)}
         for layer in range(c.layers)]))
-    B, T = tokens.shape
     at = pyreft.get_intervention_locations(last_position=T, positions=positions, num_interventions=c.layers, share_weights=True)
-    locations = {"sources->base": (None, [[row] * B for row in at])}
+    return bare, reft, {"sources->base": (None, [[row] * B for row in at])}
+
+
+def peers(c: ModelConfig, tokens, answer, positions) -> dict:
+    """pyreft's training step, and its floor."""
+    made = peer_models(c, *tokens.shape, positions, cached=False)
+    if made is None:
+        return {}
+    bare, reft, locations = made
+    bare.model.layers[0].register_forward_hook(lambda module, inputs, out: (out[0].requires_grad_(), *out[1:]))
 
     def with_edits(tokens):
         return reft({"input_ids": tokens}, unit_locations=locations)[1].logits
@@ -131,7 +140,7 @@ def peers(c: ModelConfig, tokens, answer, positions) -> dict:
 
 
 def generation_providers(model: Model, B: int, T: int, positions: str) -> dict:
-    """{part: {name: a function}}: the prompt's pass, and 16 decoding steps after it."""
+    """{part: {name: a function}}: the prompt's pass, 16 decoding steps after it, and both as a user calls them."""
     tokens, new = torch.randint(V, (B, T)), torch.randint(V, (B, 1))
     adapter = LoReFT(twin(model), rank=RANK, positions=positions).attach()
 
@@ -149,7 +158,18 @@ def generation_providers(model: Model, B: int, T: int, positions: str) -> dict:
         with torch.no_grad():
             model(tokens, cache=cache)
         return run
-    return {run.__name__: {"floor": run(model), "LoReFT": run(adapter.model)} for run in (prefill, decoding)}
+    def generate(model):
+        prompts = tokens.tolist()
+        return lambda: generate_ids(model, prompts, 16, eos=None)
+    parts = {run.__name__: {"floor": run(model), "LoReFT": run(adapter.model)} for run in (prefill, decoding, generate)}
+    made = peer_models(model.config, B, T, positions, cached=True)
+    if made is not None:
+        bare, reft, locations = made
+        settings = dict(max_new_tokens=16, min_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0)
+        inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        parts["generate"]["pyreft's floor"] = lambda: bare.generate(**inputs, **settings)
+        parts["generate"]["pyreft"] = lambda: reft.generate(inputs, unit_locations=locations, intervene_on_prompt=True, **settings)
+    return parts
 
 
 # ---- how it is timed -------------------------------------------------------------------------------------------------
