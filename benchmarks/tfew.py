@@ -4,7 +4,8 @@ You should see accuracies by rank classification, medians over subsets of 16 exa
 answer costs. A quarter of an hour on one thread; --quick only shows that it runs.
 
 The recipe is `minireft.training.T_FEW` with a tenth of its steps at ten times its rate, since the base is small; both were
-set once and for all tasks, no item was used to choose them. "pre-trained" begins with vectors that learned the other tasks.
+set once, for all tasks. The tasks themselves were reworded until the base could learn them, by scores on these very test
+items: the table compares methods on learnable tasks. "pre-trained" begins with vectors that learned the other tasks.
 In the prompt stand as many of the 16 examples as the context holds, in the template of the question.
 """
 
