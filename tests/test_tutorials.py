@@ -62,6 +62,16 @@ WRONG = {  # exercise → what people write first: why it is wrong → the answe
         "adds without taking away": "return h + s @ R.T @ R",
         "the whole state": "return s",
     },
+    "06.1": {
+        "forgets the bias": "return l[:, None] * weight, bias",
+        "scales the columns": "return (l * weight if weight.shape[0] == weight.shape[1] else l[:, None] * weight), l * bias",
+        "divides": "return weight / l[:, None], bias / l",
+    },
+    "06.2": {
+        "the mean": "return (1 - s) * a + s * b",
+        "the wrong way round": "return (a.log() * s + b.log() * (1 - s)).exp()",
+        "multiplies both": "return (a.log() + b.log()).exp() ** s",
+    },
     "07.1": {
         "infinite where p rounds to 1": "return -torch.log(1 - logits.softmax(0)[token])",
         "never above 4.6": "return -torch.log(1 - logits.softmax(0)[token] + 0.01)",

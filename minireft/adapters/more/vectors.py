@@ -45,10 +45,10 @@ class VectorReport:
             lines.append(f"{row.name:16}{row.layer:5}{numbers}   {units(row.inhibited):{14 * count}}{units(row.amplified)}".rstrip())
         return "\n".join(lines)
 
-    def draw(self, axes) -> None:
-        """A panel for each vector: layers across, a dot for each unit at its l, mean and std beside. axes: as many as vectors."""
-        for panel, (name, l) in zip(axes, self.l.items()):
-            layers, width = l.shape
+    def draw(self, axes, names=None) -> None:
+        """A panel for each vector (of these names): layers across, a dot for each unit at its l, bars for mean ± std."""
+        for panel, name in zip(axes, names or self.l):
+            l, (layers, width) = self.l[name], self.l[name].shape
             across = torch.arange(layers)[:, None] + torch.linspace(-0.3, 0.3, width)                # (L, width)
             panel.scatter(across, l, s=3, c=l, cmap="coolwarm", vmin=0.5, vmax=1.5, linewidths=0)
             panel.errorbar(range(layers), l.mean(1), l.std(1, correction=0), fmt="_k", capsize=2, lw=1, ms=6)
