@@ -83,7 +83,7 @@ def ninja_file(compiler: str, march: str, target: Path) -> str:
         add("cpp", source, "cpu_", f"{machine} {rounding(source)} -Wno-maybe-uninitialized -Wno-uninitialized")
     if emulator:
         for source in [*cuda, *emulator]:
-            add("cpp", source, "emulated_", f"-DMINIREFT_EMULATOR -x c++ -O2 {rounding(source)}")
+            add("cpp", source, "emulated_", f"-DMINIREFT_EMULATOR -x c++ -O1 {rounding(source)}")
     if nvcc and cuda:
         for source in cuda:
             add("cuda", source, "cuda_", gencode(nvcc))

@@ -60,9 +60,11 @@ def noisy_embedding(N, C, r, dtype):
 
 
 OPERATIONS = {f.__name__: f for f in (low_rank_edit, scale, gelu_scale, swiglu_scale, noisy_embedding)}
-SHAPES = {"low_rank_edit": [(N, C, r) for C in (768, 1024, 2048, 4096) for r in (1, 4, 8, 32) for N in (512, 4096)],
+SHAPES = {"low_rank_edit": [(1, 256, 1)] + [(N, C, r) for C in (768, 1024, 2048, 4096) for r in (1, 4, 8, 32) for N in (512, 4096)],
           "scale": [(4096, 1024, 0), (4096, 4096, 0)], "gelu_scale": [(4096, 1024, 0), (2048, 4096, 0)],
           "swiglu_scale": [(4096, 1024, 0), (2048, 4096, 0)], "noisy_embedding": [(2048, 1024, 0), (1024, 4096, 0)]}
+GRID = [(N, C, r) for C in (256, 512, 1024, 4096, 8192) for r in (1, 8, 16, 32, 64) for N in (64, 512, 2048, 16384, 65536)
+        if 2 ** 18 <= N * C <= 2 ** 25]                                     # beyond that, time grows with N·C and nothing else
 
 
 # ---- how it is timed -------------------------------------------------------------------------------------------------
@@ -123,24 +125,29 @@ def main() -> None:
     parser.add_argument("--op", choices=OPERATIONS, action="append", help="default: all")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), action="append", help="default: float32 and bfloat16")
     parser.add_argument("--shape", type=int, nargs=3, metavar=("N", "C", "R"), help="instead of the usual ones")
+    parser.add_argument("--grid", action="store_true", help="the low-rank edit from C 256 to 8192, r 1 to 64, N 64 to 65,536: some minutes")
     parser.add_argument("--seconds", type=float, default=0.5, help="for each row")
     parser.add_argument("--write", action="store_true", help="append the rows to results/kernels.jsonl")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    for op in options.op or OPERATIONS:
+    slower = []
+    for op in ["low_rank_edit"] if options.grid else options.op or OPERATIONS:
         for dtype in options.dtype or ("float32", "bfloat16"):
-            for N, C, r in [options.shape] if options.shape else SHAPES[op]:
+            for N, C, r in [options.shape] if options.shape else GRID if options.grid else SHAPES[op]:
                 for backward in (False, True):
                     times = measure(op, N, C, r, getattr(torch, dtype), backward, options.seconds)
                     ratio = times["eager"][1] / times["ours"][1]
                     row = {**machine(), "op": op, "dtype": dtype, "N": N, "C": C, "r": r, "backward": backward,
                            "milliseconds": times, "ratio": round(ratio, 3)}
+                    slower += [(dtype, N, C, r, backward, row["ratio"])] if ratio < 1 else []
                     if options.write:
                         RESULTS.mkdir(exist_ok=True)
                         with open(RESULTS / "kernels.jsonl", "a") as file:
                             file.write(json.dumps(row) + "\n")
                     print(f"{op:16} {dtype:8} N {N:5} C {C:4} r {r:2} {'fwd+bwd' if backward else 'fwd    '}  "
                           + "  ".join(f"{name} {t[1]:8.3f}" for name, t in times.items()) + f"   ×{ratio:.2f}", flush=True)
+    if options.grid:
+        print(f"slower than eager: {len(slower)} rows", *sorted(slower, key=lambda row: row[-1]), sep="\n")
 
 
 if __name__ == "__main__":

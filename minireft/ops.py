@@ -130,7 +130,8 @@ def _plainly(formula, *arguments):
 def low_rank_edit(h: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> Tensor:
     """h + (h downᵀ + bias) up, on every row.  h (..., C), down and up (r, C), bias (r,) → (..., C), contiguous.
 
-    Equal to `torch.addmm(h, torch.addmm(bias, h, down.T), up)` for h (N, C), in one pass over memory.
+    Equal to `torch.addmm(h, torch.addmm(bias, h, down.T), up)` for h (N, C), in one pass over memory; and on the CPU it is
+    that where BLAS is faster: at ranks of 12 and more while h stays in cache, by shape and dtype alone.
     Raises ValueError naming the argument when a shape, dtype or device does not fit.
     """
     library = _library(h)
@@ -139,7 +140,7 @@ def low_rank_edit(h: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> Tensor:
         return _plainly(reference.low_rank_edit, h, down, up, bias)
     down, up, bias = _weights(h, down, up, bias)
     tracked = _tracked(h, down, up, bias)
-    if _blas_is_faster(h, down.shape[-2], tracked):
+    if _blas_is_faster(h, down, tracked):
         _check_edit(h, down, up, bias)
         rows = h.reshape(-1, h.shape[-1])                                                      # (N, C)
         return torch.addmm(rows, torch.addmm(bias, rows, down.T), up).view(h.shape)
@@ -148,11 +149,16 @@ def low_rank_edit(h: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> Tensor:
     return _libraries[library]["low_rank_edit"](h, down, up, bias)[0]
 
 
-def _blas_is_faster(h: Tensor, r: int, tracked: bool) -> bool:
-    """On the CPU, measured: fewer rows than ranks, where weights outweigh rows; or a short row at r ≥ 16, forward alone."""
-    if h.device.type != "cpu" or h.dtype is not torch.float32 or r < 16 or _forced is not None or torch.is_autocast_enabled("cpu"):
+def _blas_is_faster(h: Tensor, down: Tensor, tracked: bool) -> bool:
+    """By shape alone, on the CPU, as benchmarks/kernels.py --grid measured it on a Zen 4: what fits in cache, at high ranks."""
+    C, r, dtype = h.shape[-1], down.shape[-2], h.dtype
+    if r < 12 or h.device.type != "cpu" or dtype is not down.dtype or _forced is not None or torch.is_autocast_enabled("cpu"):
         return False
-    return h.numel() < r * h.shape[-1] or h.shape[-1] < 512 and not tracked
+    if dtype is torch.bfloat16:
+        return h.numel() <= 2 ** 22 and (r >= 48 or C < 1024) or h.numel() < r * C
+    few = h.numel() < r * C                                                # fewer rows than ranks: weights outweigh rows
+    cached = h.numel() <= (2 ** 22 if r >= 48 else 2 ** 19) and r >= (32 if C >= 512 else 16)
+    return dtype is torch.float32 and r >= 16 and (few or cached and not tracked)
 
 
 class _LowRankEdit(torch.autograd.Function):
