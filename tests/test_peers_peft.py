@@ -69,3 +69,48 @@ def test_made_here_and_exported_there(tmp_path, name, make):
     difference = differ(adapted, mine, adapter)
     print(f"exported {name} {type(adapter).__name__}: {difference:.1e}")
     assert difference <= TOLERANCE
+
+
+def largest(differences) -> float:
+    return max(float(d.detach().abs().max()) for d in differences)
+
+
+def test_mixed_batches_and_an_unmerge_with_a_zero_beside_theirs(tmp_path, capsys):
+    """PEFT 0.21 takes adapter_names for (IA)³ and ignores them, unknown ones too; its unmerge divides. Measured, printed, and
+    ours must be exact: a row of a mixed batch as its adapter alone, an unknown name an error, and the original bits again."""
+    model, mine = both("llama", tmp_path / "base")
+    folders, names = [tmp_path / name for name in "ab"], ("a", "b")
+    for seed, folder in enumerate(folders):
+        made = small.randomise(minireft.IA3(mine), seed, STD)
+        made.key.data[0, 0] = -1.0                                        # a vector with a zero: l − 1 is stored
+        ours.write(made, folder)
+    adapted = peft.PeftModel.from_pretrained(model, folders[0], adapter_name="a")
+    adapted.load_adapter(folders[1], "b")
+    adapted.eval()
+    tokens, _ = prompts("left", lengths=(7, 7))
+    alone = {}
+    with torch.no_grad():
+        for name in names:
+            adapted.set_adapter(name)
+            alone[name] = adapted(tokens).logits
+        theirs = largest(adapted(tokens, adapter_names=list(names)).logits[i] - alone[name][i] for i, name in enumerate(names))
+        adapted.set_adapter("a")
+        before = {name: p.clone() for name, p in adapted.named_parameters()}
+        adapted.merge_adapter(["a"])
+        adapted.unmerge_adapter()
+    left = largest(p - before[name] for name, p in adapted.named_parameters())
+
+    loaded = {name: minireft.load_adapter(mine, folder) for name, folder in zip(names, folders)}
+    bank = minireft.Bank(loaded)
+    with bank, torch.no_grad():
+        mixed = mine(tokens, tasks=bank.ids(list(names)))
+        with pytest.raises(ValueError, match="'nobody' is not in this bank"):
+            bank.ids(["a", "nobody"])
+    here = largest(mixed[i] - alone[name][i] for i, name in enumerate(names))
+    bits = small.bits(mine)
+    loaded["a"].merge()
+    assert not small.same_bits(small.bits(mine), bits)
+    loaded["a"].unmerge()
+    with capsys.disabled():
+        print(f"\nmixed batch against each alone: PEFT {theirs:.1e}, here {here:.1e}; weights after merge and unmerge: PEFT {left:.1e}, here 0")
+    assert here <= TOLERANCE and here <= theirs + TOLERANCE and small.same_bits(small.bits(mine), bits)
