@@ -18,13 +18,13 @@ from .model import Model, ModelConfig
 from .tokenizer import Tokenizer
 
 ASSETS = Path(__file__).parent / "assets"
-SHIPPED = {"base": ASSETS, "encoder": ASSETS / "encoder"}
+SHIPPED = {"base": ASSETS, "encoder": ASSETS / "encoder", "encoder-decoder": ASSETS / "encoder-decoder"}
 HUGGING_FACE = "a folder of Hugging Face's"
 
 
 def load(path="base", device=None, dtype=None):
-    """(model, tokenizer) from "base", the decoder that is shipped, or its small sister "encoder"; from a folder
-    of ours or Hugging Face's, or a llama2.c .bin. Evaluation mode, gradients off until someone trains it.
+    """(model, tokenizer) from "base", the decoder that is shipped, or its small sisters "encoder" and "encoder-decoder"; from a
+    folder of ours or Hugging Face's, or a llama2.c .bin. Evaluation mode, gradients off until someone trains it.
 
     device: where the model goes (None: the CPU); dtype: of its weights (None: float32). Raises FileNotFoundError, or
     ValueError for a folder that is damaged or foreign.
