@@ -10,6 +10,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.tfew import accuracy_table  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -23,10 +27,33 @@ def demo_table(results: dict) -> str:
             f"Measured {results['date']} on {results['machine']}, torch {results['torch']}, {results['backend']}.")
 
 
+def tfew_table(results: dict) -> str:
+    """Accuracies by rank classification, and what an answer costs."""
+    bills = results["bill"].values()
+    share = [b["flops, T-Few"] / b["flops, in the prompt"] for b in bills]
+    kept = [b["flops, T-Few"] / b["flops, in the prompt, cached"] for b in bills]
+    return (f"{accuracy_table(results)}\n\nMedians (and quartiles) over {results['subsets']} subsets of {results['shots']} examples and "
+            f"{results['templates']} templates, {results['items']} questions each; an answer costs {min(share):.0%} to {max(share):.0%} of the FLOPs of one "
+            f"with the examples in the prompt, and {min(kept):.0%} to {max(kept):.0%} where the prompt's cache is kept.\n"
+            f"Measured {results['date']} on {results['machine']}, one thread, torch {results['torch']}.")
+
+
+def neftune_table(results: dict) -> str:
+    """Each measure's mean and 95 % interval over seeds, one row a way of training."""
+    names = list(next(iter(results["summary"].values())))
+    lines = [["trained with", *names], ["---"] * (1 + len(names))]
+    for way, found in results["summary"].items():
+        lines.append([way, *(f"{found[name][0]:.2f} ± {found[name][1]:.2f}" if name in found else "" for name in names)])
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return (f"{text}\n\nMeans and 95 % intervals over {results['seeds']} seeds; all weights tuned on {results['training_items']} instructions, "
+            f"{results['test_items']} test items. Measured {results['date']} on {results['machine']}, torch {results['torch']}.")
+
+
 def filled(readme: str) -> str:
     """README.md's text with every table between markers written anew."""
-    tables = {"demo": demo_table(json.loads((RESULTS / "demo.json").read_text()))}
-    for name, table in tables.items():
+    makers = {"demo": demo_table, "tfew": tfew_table, "neftune": neftune_table}
+    for name, maker in makers.items():
+        table = maker(json.loads((RESULTS / f"{name}.json").read_text()))
         place = rf"(<!-- {name}: [^\n]*-->\n).*?(<!-- end of {name} -->)"
         readme, found = re.subn(place, lambda m: f"{m[1]}{table}\n{m[2]}", readme, flags=re.S)
         assert found == 1, f"README.md has {found} places for the table {name!r}, expected one"
