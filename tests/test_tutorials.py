@@ -84,6 +84,17 @@ WRONG = {  # exercise → what people write first: why it is wrong → the answe
         "not divided by length": "return -(log_p * mask).sum(1).log_softmax(0)[right]",
         "the likelihood, whatever the others": "return -((log_p * mask).sum(1) / mask.sum(1))[right]",
     },
+    "08.1": {
+        "the padded length": "return alpha / (eps.shape[1] * eps.shape[2]) ** 0.5 * eps * mask[:, :, None]",
+        "noise on padding": "return alpha / (mask.sum(1)[:, None, None] * eps.shape[2]) ** 0.5 * eps",
+        "one length for the batch": "return alpha / (mask.sum(1).float().mean() * eps.shape[2]) ** 0.5 * eps * mask[:, :, None]",
+        "forgets the width": "return alpha / mask.sum(1)[:, None, None] ** 0.5 * eps * mask[:, :, None]",
+    },
+    "08.2": {
+        "the whole row's": "return (documents > 0).sum(1, keepdim=True) * (documents > 0)",
+        "numbers of all rows together": "return torch.bincount(documents.flatten())[documents] * (documents > 0)",
+        "padding is a document, too": "return (documents[:, :, None] == documents[:, None, :]).sum(2)",
+    },
 }
 
 
