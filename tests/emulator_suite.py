@@ -5,6 +5,8 @@ You should see nothing; a wrong kernel raises AssertionError with the operation,
 Shapes: B batch, T tokens, C width, r rank, P positions, K banks.
 """
 
+import mmap
+
 import torch
 
 from minireft import reference
@@ -101,6 +103,43 @@ def edit_strided(emulator):
                 b,
                 what=f"edit backward, offset {pad}",
             )
+
+
+def far(B, T, C, dtype, streams):
+    """That many (B, T, C) tensors whose second row, of the batch or of the tokens, lies 2³¹ elements after the first: in
+    memory of which only these rows are ever touched."""
+    stride = 2**31 + 8
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    memory = torch.frombuffer(mmap.mmap(-1, (stride + streams * C) * dtype.itemsize, flags), dtype=dtype)
+    found = [memory.as_strided((B, T, C), (stride, stride, 1), i * C) for i in range(streams)]
+    for x in found:
+        x.copy_(torch.randn(B, T, C))
+    return found
+
+
+@check
+def edit_far(emulator):
+    """Rows more than 2³¹ elements apart: an index of 32 bits leaves the memory."""
+    for (B, T), (dtype, r) in zip([(1, 2), (2, 1), (2, 1)], [(F32, 3), (BF16, 3), (BF16, 16)]):
+        h, g, out, dh = far(B, T, 64, dtype, 4)
+        D, A, b = weights(64, r, F32)
+        out, delta, _ = emulator.low_rank_edit(h, D, A, b, out=out)
+        same(out, edit, dtype, h, D, A, b, what=f"far edit {B, T, r}")
+        found = emulator.low_rank_edit_backward(g, h, None, delta, D, A, dh=dh)
+        same(found, edit_backward, dtype, g, h, D, A, b, what=f"far edit backward {B, T, r}")
+
+
+@check
+def edit_overflow(emulator):
+    """Where float16 tensor cores are given a δ beyond 65,504: not finite, as in plain PyTorch, in that row alone."""
+    h, (D, A, b) = rows(1, 40, 64, F16), weights(64, 16, F16)
+    h[0, 7] = D[3] * 6e4                                                    # δ₃ = 60,000 |D₃|² + b₃
+    D[3] *= 4
+    out, _, _ = emulator.low_rank_edit(h, D, A, b)
+    plain = edit(h, D, A, b)
+    finite = torch.arange(40) != 7
+    assert not plain[0, 7].isfinite().any() and not out[0, 7].isfinite().any(), "δ overflows, and nothing shows it"
+    same(out[:, finite], edit, F16, h[:, finite], D, A, b, what="rows beside one that overflows")
 
 
 @check
@@ -281,6 +320,30 @@ def scale_rest(emulator):
     )
     _, _, dl = emulator.scale_backward([packed[:0]], [packed[:0]], [l])[0]
     assert (dl == 0).all(), "no rows, no gradient"
+
+
+@check
+def scale_far(emulator):
+    for B, T in [(1, 2), (2, 1)]:
+        x, g = far(B, T, 64, BF16, 2)
+        l = torch.randn(64)
+        (out,) = emulator.scale([x], [l])
+        same(out, reference.scale, BF16, x, l, None, what=f"far scale {B, T}")
+        dx, _, dl = emulator.scale_backward([g], [x], [l])[0]
+        same([dx, dl], reference.scale_backward, BF16, g, x, l, None, what=f"far scale backward {B, T}")
+
+
+@check
+def noise_far(emulator):
+    """A row of the table that begins beyond 2³¹ elements, and its gradient's rows."""
+    weight = far(2, 1, 64, BF16, 1)[0].as_strided((2**25 + 1, 64), (64, 1))   # the same memory, seen as a table of words
+    ids, seed = torch.tensor([[2**25, 0]]), torch.tensor([5, 7])
+    weight[2**25] = torch.randn(64).bfloat16()
+    got = emulator.noisy_embedding(ids, weight, 5.0, seed)
+    assert torch.equal(got, reference.noisy_embedding(ids, weight, 5.0, seed)), "far noise"
+    (g,) = far(1, 2, 64, BF16, 1)
+    same(emulator.noisy_embedding_backward(g, torch.tensor([[3, 3]]), 5),
+         lambda g: reference.noisy_embedding_backward(g, torch.tensor([[3, 3]]), 5), BF16, g, what="far dweight")
 
 
 @check

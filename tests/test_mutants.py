@@ -60,6 +60,13 @@ QUICK = [
         "edit_chunked",
     ),
     (
+        "rows are found by 32 bits",
+        SCALAR,
+        "b * s.batch_stride + token * s.token_stride : nullptr",
+        "int(b * s.batch_stride + token * s.token_stride) : nullptr",
+        "edit_far",
+    ),
+    (
         "what halves leave over is dropped",
         TENSOR,
         "{pair(a, b), pair(narrow<T>(x - wide(a)), narrow<T>(y - wide(b)))}",
@@ -108,6 +115,21 @@ SLOW = [
         "|| false) token = 0",
         "edit_positions_rule",
     ),
+    (
+        "rows of a sum are found by 32 bits",
+        SCALAR,
+        "mine ? b * x.batch_stride + t * x.token_stride : int64_t(-1)",
+        "mine ? int(b * x.batch_stride + t * x.token_stride) : int64_t(-1)",
+        "edit_far",
+    ),
+    (
+        "scaled rows are found by 32 bits",
+        SCALE,
+        "b * s.batch_stride + token * s.token_stride + c;",
+        "int(b * s.batch_stride + token * s.token_stride) + c;",
+        "scale_far",
+    ),
+    ("words are found by 32 bits", NOISE, "(exists ? id : 0) * a.C;", "int((exists ? id : 0) * a.C);", "noise_far"),
     ("row and bank are mixed up", SCALAR, "place >> 32 == bank", "place >> 32 >= bank", "edit_banks"),
     ("an index off by one", SCALAR, "n * r + j + k);", "n * r + j + k + 1);", "edit_all"),
     (

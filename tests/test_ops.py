@@ -167,12 +167,14 @@ def test_many_rows_same_bits_on_any_number_of_threads(backend):
             assert_close(runs[0][n], plain[n], truth[n], magnitude[n])
 
 
-@pytest.mark.parametrize("N, C, r", [(4, 40, 16), (30, 40, 16)])
-def test_where_blas_is_faster_the_values_stay(N, C, r):
-    """Without a forced backend: fewer rows than ranks, and short rows."""
+@pytest.mark.parametrize("N, C, r, dtype", [(4, 40, 16, "float32"), (30, 40, 16, "float32"), (30, 40, 48, "bfloat16")])
+def test_where_blas_is_faster_the_values_stay(N, C, r, dtype):
+    """Without a forced backend: fewer rows than ranks, and what stays in cache at high ranks."""
     torch.manual_seed(0)
+    assert ops._blas_is_faster(torch.empty(N, C, dtype=getattr(torch, dtype)), torch.empty(r, C, dtype=getattr(torch, dtype)), False)
     case = Case(OPERATIONS["low_rank_edit"], {"h": torch.randn(2, N // 2, C), "down": torch.randn(r, C) / 6,
                                               "up": torch.randn(r, C), "bias": torch.randn(r)})
+    case = case.to(dtype=getattr(torch, dtype))
     got, plain, truth, magnitude = (dict(zip(["out"], c.run(m)[0])) | c.gradients(m) for c, m in (
         (case, ops), (case, "plain"), (case.to(dtype=torch.float64), reference), (case.absolute(), reference)))
     for n in got:

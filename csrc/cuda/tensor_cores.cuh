@@ -5,7 +5,8 @@
 // A product of matrices does not care in which order k runs, nor which column of the result is called n: both are
 // chosen so that each lane loads 16 contiguous bytes and the accumulators of one product are the operand of the next,
 // with no transpose through shared memory. Numbers in float (δ, u, and D and A when they are float) enter as two
-// halves, high + low, whose products are added: the result is as good as with float operands, to about 2⁻¹⁶.
+// halves, high + low, whose products are added: the result is as good as with float operands, to about 2⁻¹⁶. In float16
+// a δ or u beyond 65,504 has no halves and makes its row infinite or NaN, as it does in plain PyTorch's two products.
 #pragma once
 #include <cstring>
 #include <type_traits>
