@@ -4,12 +4,15 @@ Run:  pytest tests/test_ia3.py
 See:  the scaled model against the plain one of plain.py, on every configuration and every site.
 """
 
+import contextlib
+
 import numpy as np
 import plain
 import pytest
 import small
 import torch
 
+import minireft
 from minireft import IA3, Bank, LoRA, Model, ModelConfig, load_adapter, reading
 from minireft.adapters import ia3
 from minireft.adapters.compose import weighted_sum
@@ -305,6 +308,21 @@ def test_a_bank_on_an_encoder_decoder(name):
     bank = Bank(members)
     with bank:
         torch.testing.assert_close(model(**inputs, tasks=bank.ids(["a", "b"])), torch.stack(alone), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", small.BOTH)
+def test_a_mixed_batch_writes_what_each_writes_alone(name):
+    """The cross-attention's keys and values are computed once a sequence, each row's by its own vectors."""
+    model, _ = two(name)
+    members = {"a": small.randomise(IA3(model), 1), "b": small.randomise(IA3(model, sites=("cross_key", "cross_value", "ffn")), 2)}
+    prompts, tasks, wanted = ["w1 w5 w2", "w7", "w3 w9 w4 w8 w2", "w11 w12"], ["a", None, "b", "a"], []
+    for prompt, task in zip(prompts, tasks):
+        with members.get(task, contextlib.nullcontext()):
+            wanted += minireft.generate(model, model.tokenizer, [prompt], max_new_tokens=6)
+    bank = Bank(members)
+    with bank:
+        assert minireft.generate(model, model.tokenizer, prompts, max_new_tokens=6, tasks=bank.ids(tasks)) == wanted
+    assert wanted != minireft.generate(model, model.tokenizer, prompts, max_new_tokens=6)
 
 
 def test_cross_attention_needs_one():

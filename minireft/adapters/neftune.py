@@ -31,7 +31,8 @@ class Noise:
 class NEFTune(Adapter):
     """alpha α ≥ 0; length "real" (each example's own tokens, also where a row packs several documents, and none on padding:
     the authors' training code) or "padded" (the whole row: the paper's algorithm and the libraries); distribution "uniform" or "gaussian" (the
-    ablation: N(0, 1) in the place of U[−1, 1]); seed of the noise. No parameters. Raises ValueError for values out of range.
+    ablation: N(0, 1) in the place of U[−1, 1]); seed of the noise. No parameters. Of an encoder–decoder only what the
+    encoder reads gets noise. Raises ValueError for values out of range.
 
     The noise is a function of (seed, step, example, token, channel), not of torch's generator: padding, packing, batching
     and resuming do not change it. Every pass is a new step; the trainer says before each which step and examples it is (`begin`),
