@@ -100,7 +100,7 @@ def test_parameter_counts():
 
 # --------------------------------------------------------------------------------------------------------------- merging
 
-@pytest.mark.parametrize("name", [*small.CONFIGS, "biased"])
+@pytest.mark.parametrize("name", [*small.CONFIGS, *small.ENCODERS, "biased"])
 def test_merged_equals_attached_and_unmerging_restores_every_bit(name):
     model = small.model("llama", bias=True) if name == "biased" else small.model(name)
     tokens, mask = small.pad(small.rows([3, 7]), "left")
