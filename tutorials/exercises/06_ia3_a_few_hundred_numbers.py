@@ -14,7 +14,7 @@ from minireft.data import collate, encode
 from minireft.losses import cross_entropy
 
 model, tokenizer = minireft.load("base")
-L, C, F = model.config.layers, model.config.width, model.config.hidden
+L, F = model.config.layers, model.config.hidden
 training, test = tasks.load("facts", "train", 600), tasks.load("facts", "test", 150)
 before = minireft.evaluate(model, tokenizer, test, metrics=("rank",)).rank
 print(f"{test[0].prompt} {test[0].completion}\nright before any training: {before:.2f}, by chance 0.25")
