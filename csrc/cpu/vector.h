@@ -86,7 +86,7 @@ inline vecf load(const f16* p) {
 inline void store(float* p, vecf v) { write(p, v); }
 inline void store(double* p, vec<double> v) { write(p, v); }
 inline void store(bf16* p, vecf v) {
-#ifdef __AVX512BF16__
+#ifdef __AVX512BF16__  // numbers below 2⁻¹²⁶ become zeros here
   write(p, _mm512_cvtneps_pbh((__m512)v));
 #else
   const vecu bits = (vecu)v, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
