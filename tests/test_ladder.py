@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minireft import reference
-from tutorials.kernels.ladder import HERE, ORDERS, VERSIONS, Rung, least_sectors
+from tutorials.kernels.ladder import ORDERS, VERSIONS, Rung, least_sectors
 
 pytestmark = [pytest.mark.emulator, pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs a C++ compiler, g++")]
 SHAPES = [(1, 1, 1), (5, 36, 3), (9, 33, 9), (3, 301, 2), (4, 1028, 8), (2, 64, 17)]      # N, C, r: odd widths, rows and ranks
@@ -61,16 +61,14 @@ def test_every_count_is_as_predicted():
     ("v4", "    __syncthreads();  // all shares are there, and all have done with the δ before\n", ""), ("v5", "    __syncthreads();  // δ is there, and nobody reads the shares any more\n", ""),
     ("v2", "c = lane; c < p.C; c += 32) {", "c = lane; c + 32 <= p.C; c += 32) {"), ("v3", "sum[j] = over_warp(sum[j])", "sum[j] = sum[j]"),
     ("v1", "load(p.bias + j)", "0"), ("v4", "(j0 ? p.out : p.h)", "p.h"), ("v5", "if (i < rows && c < p.C) store", "if (i < rows && c + V < p.C) store")])
-def test_a_wrong_version_is_found(version, old, new, tmp_path):
+def test_a_wrong_version_is_found(version, old, new):
     text = VERSIONS[version].read_text()
     assert text.count(old) == 1
-    source = tmp_path / f"{version}_wrong.cu"
-    source.write_text(text.replace(old, new).replace('"ladder.h"', f'"{HERE / "ladder.h"}"'))
-    rung = Rung(version, source)
+    rung = Rung(version, text.replace(old, new))
     assert any(wrong(rung, order, seed) for order in ORDERS for seed in (1, 2))
 
 
-def test_mistakes_are_named(tmp_path):
+def test_mistakes_are_named():
     h, down, up, bias = problem(2, 8, 1)
     with pytest.raises(ValueError, match="no version 'v9': expected one of v1, v2"):
         Rung("v9")
@@ -78,6 +76,5 @@ def test_mistakes_are_named(tmp_path):
         Rung("v1")(h.double(), down, up, bias)
     with pytest.raises(RuntimeError, match="v5 keeps its rows in registers"):
         Rung("v5")(*problem(1, 4100, 1))
-    (tmp_path / "v0.cu").write_text("nonsense")
-    with pytest.raises(RuntimeError, match="v0.cu does not compile"):
-        Rung("v0", tmp_path / "v0.cu")
+    with pytest.raises(RuntimeError, match="does not compile"):
+        Rung("v1", "nonsense")

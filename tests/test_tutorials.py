@@ -95,6 +95,17 @@ WRONG = {  # exercise → what people write first: why it is wrong → the answe
         "numbers of all rows together": "return torch.bincount(documents.flatten())[documents] * (documents > 0)",
         "padding is a document, too": "return (documents[:, :, None] == documents[:, None, :]).sum(2)",
     },
+    "13.1": {
+        "the weights once": "return 3 * N * C // 8 + 2 * r * C // 8",
+        "rows read once": "return 2 * N * C // 8 + 2 * r * C // 8 * (N // R)",
+        "the weights for every row": "return 3 * N * C // 8 + 2 * r * C // 8 * N",
+    },
+    "13.2": {
+        "forgets the tail": "return 'for (int64_t c = lane; c + 32 <= p.C; c += 32) store(p.out + n * p.C + c, load(p.h + n * p.C + c));'",
+        "every lane copies all": "return 'for (int64_t c = 0; c < p.C; c++) store(p.out + n * p.C + c, load(p.h + n * p.C + c));'",
+        "a stretch for each lane": "return 'for (int64_t k = (p.C + 31) / 32, c = lane * k; c < (lane + 1) * k && c < p.C; c++) "
+                                   "store(p.out + n * p.C + c, load(p.h + n * p.C + c));'",
+    },
 }
 
 

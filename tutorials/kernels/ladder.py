@@ -33,15 +33,19 @@ class Problem(ctypes.Structure):
 
 
 class Rung:
-    """A version of the ladder, compiled for the emulator when it is first asked for. source: another .cu, to try things."""
+    """A version of the ladder, compiled for the emulator when it is first asked for. text: another source in its place, to try
+    things. Raises ValueError for a version that is not there, RuntimeError with the compiler's words for what does not compile."""
 
-    def __init__(self, version: str, source: Path | None = None, flags: str = "-O2"):
-        if source is None and version not in VERSIONS:
+    def __init__(self, version: str, text: str | None = None, flags: str = "-O2"):
+        if version not in VERSIONS:
             raise ValueError(f"there is no version {version!r}: expected one of {', '.join(VERSIONS)}")
-        self.source, folder = source or VERSIONS[version], ROOT / "build" / "ladder"
+        self.source, folder = VERSIONS[version], ROOT / "build" / "ladder"
         folder.mkdir(parents=True, exist_ok=True)
-        name = hashlib.sha256(_with_headers(self.source) + flags.encode()).hexdigest()[:16]
-        library = folder / f"{self.source.stem}-{name}.so"
+        name = hashlib.sha256(_with_headers(self.source) + f"{text} {flags}".encode()).hexdigest()[:16]
+        if text is not None:
+            self.source = folder / f"{version}-{name}.cu"
+            self.source.write_text(text)
+        library = folder / f"{version}-{name}.so"
         if not library.exists():
             partial = library.with_suffix(f".{os.getpid()}")
             command = f"{os.environ.get('CXX', 'g++')} -x c++ -std=c++17 -g1 {flags} -fPIC -shared -DMINIREFT_EMULATOR -ffp-contract=off"
