@@ -72,7 +72,7 @@ assert v1["sectors"] > 30 * least_sectors(N, C, r) and v1["used"] < 0.15 * 32 * 
 v2 = climb("v2")
 row, weights = N * C // 8, 2 * r * C // 8                                 # sectors of all rows, of down and up
 print(f"v2: {v2['sectors']:,} sectors: {(r + 2) * row:,} for h and out, {weights * N:,} for the weights")
-print(f"{v2['used'] / (32 * v2['sectors']):.0%} of the bytes used; {v1['sectors'] / v2['sectors']:.1f} times fewer sectors")
+print(f"{v2['used'] / (32 * v2['sectors']):.0%} of the bytes used; {v1['sectors'] / v2['sectors']:.1f} times fewer")
 assert abs(v2["sectors"] / ((r + 2) * row + weights * N) - 1) < 0.02 and v2["used"] > 0.98 * 32 * v2["sectors"]
 
 # %% [markdown]
