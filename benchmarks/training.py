@@ -152,7 +152,7 @@ def generation_providers(model: Model, B: int, T: int, positions: str) -> dict:
 
         @torch.no_grad()
         def run():
-            cache.length = T
+            cache.length = cache.longest = T
             for _ in range(16):
                 model(new, cache=cache)
         with torch.no_grad():
