@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from statistics import mean, stdev
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -49,9 +50,23 @@ def neftune_table(results: dict) -> str:
             f"{results['test_items']} test items. Measured {results['date']} on {results['machine']}, torch {results['torch']}.")
 
 
+def classification_table(results: dict) -> str:
+    """Test accuracy of a head beside each method, a column for each data set."""
+    lines = [["beside the head", "numbers", *(f"{name} ({found['items']['test']} items)" for name, found in results.items())]]
+    lines.append(["---"] * len(lines[0]))
+    for method in next(iter(results.values()))["methods"]:
+        each = [found["methods"][method] for found in results.values()]
+        cells = [f"{mean(m['test']):.3f} ± {stdev(m['test']) / len(m['test']) ** 0.5:.3f}" for m in each]
+        lines.append([method, " / ".join(f"{m['parameters']:,}" for m in each), *cells])
+    always = ", ".join(f"{name} {found['majority']:.3f}" for name, found in results.items())
+    dates = " and ".join(dict.fromkeys(found["date"] for found in results.values()))
+    return ("\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\nMeans over {next(iter(results.values()))['seeds']} seeds ± standard error; the head "
+            f"and the learning rate are each method's own, chosen on validation items. Always the commonest label: {always}. Measured {dates}.")
+
+
 def filled(readme: str) -> str:
     """README.md's text with every table between markers written anew."""
-    makers = {"demo": demo_table, "tfew": tfew_table, "neftune": neftune_table}
+    makers = {"demo": demo_table, "tfew": tfew_table, "neftune": neftune_table, "classification": classification_table}
     for name, maker in makers.items():
         table = maker(json.loads((RESULTS / f"{name}.json").read_text()))
         place = rf"(<!-- {name}: [^\n]*-->\n).*?(<!-- end of {name} -->)"
