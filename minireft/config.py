@@ -71,3 +71,7 @@ class ModelConfig:
             raise ValueError(f"relative_buckets is {self.relative_buckets}: expected 4 to twice relative_furthest {self.relative_furthest}")
         if self.positions == "rotary" and self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd: rotary positions turn pairs of channels")
+
+    @property
+    def architecture(self) -> str:
+        return "decoder" if self.encoder_layers == 0 else "encoder" if self.start is None else "encoder-decoder"

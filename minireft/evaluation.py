@@ -39,6 +39,8 @@ class Scores:
 
 def mean_log_likelihoods(model: Model, rows: list[Encoded], batch_size: int = 64) -> list[float]:
     """β(y) = (1/T) Σ log p(y_t | x, y_<t) of each row's completion, end of text included (T-Few, section 3.2)."""
+    if model.config.architecture == "encoder":
+        raise ValueError("an encoder gives no probability of a completion: attach a Classifier, and it chooses among its labels")
     device, scores = model.embed.weight.device, [0.0] * len(rows)
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))  # rows of like length pad little
     for first in range(0, len(rows), batch_size):

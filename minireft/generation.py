@@ -37,7 +37,7 @@ def begin(model: Model, prompts: list[list[int]]) -> tuple[Tensor, Tensor | None
     """The first pass over a batch of prompts: tokens and mask (B, T), an encoder–decoder's decoder_tokens (B, 1), and how
     many tokens of its context each row has taken. ValueError for a model that generates nothing."""
     device, start = model.embed.weight.device, model.config.start
-    if model.config.encoder_layers == model.config.layers:
+    if model.config.architecture == "encoder":
         raise ValueError("an encoder generates nothing: it fills in masked tokens, or classifies; see minireft.classify")
     tokens, mask = left_padded(prompts, device)                           # (B, T)
     if start is None:

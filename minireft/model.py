@@ -337,7 +337,7 @@ class Model(nn.Module):
                              + ("give the start token and what follows it" if self.two and first else "leave them out here"))
         if decoder_tokens is not None:
             self._check_ids("decoder_tokens", decoder_tokens)
-        if cache and self.config.encoder_layers == self.config.layers:
+        if cache and self.config.architecture == "encoder":
             raise ValueError("an encoder sees both ways: nothing can be cached, call it without")
         B, T = tokens.shape
         for name, value, shape in (("mask", mask, (B, T)), ("prompt_lengths", prompt_lengths, (B,)), ("tasks", tasks, (B,))):

@@ -147,6 +147,8 @@ def train(model: Model, adapters: list[Adapter] = (), examples: list[Example] = 
         config = replace(config, losses=("class",))
     if ("class" in config.losses) != bool(labels) or labels and len(config.losses) > 1:
         raise ValueError(f"losses are {config.losses}: a classifier is trained with ('class',), and that with nothing but a classifier")
+    if not labels and model.config.architecture == "encoder":
+        raise ValueError("an encoder predicts no next token: train it with a Classifier, whose labels the completions are")
     choices = any(OBJECTIVES[name].choices for name in config.losses)
     ready = partial(encode_label, labels=labels) if labels else partial(encode, choices=choices)
     rows = [e if isinstance(e, Encoded) else ready(tokenizer, e, context=model.config.context) for e in examples]

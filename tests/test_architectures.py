@@ -275,10 +275,15 @@ def test_the_loss_of_an_encoder_decoder_is_that_of_each_answer_alone():
     torch.testing.assert_close(total, alone, rtol=1e-5, atol=1e-5)
 
 
-def test_an_encoder_generates_nothing():
-    model = small.model("modern")
+def test_an_encoder_generates_nothing_and_predicts_no_next_token():
+    model, examples = small.model("modern"), [Example("w1", "w2", ("w2", "w3"))]
+    assert [small.model(name).config.architecture for name in ("llama", "modern", "two")] == ["decoder", "encoder", "encoder-decoder"]
     with pytest.raises(ValueError, match="an encoder generates nothing"):
         minireft.generate(model, model.tokenizer, ["w1"])
+    with pytest.raises(ValueError, match="train it with a Classifier"):
+        minireft.train(model, [LoRA(model)], examples, progress=False)
+    with pytest.raises(ValueError, match="attach a Classifier"):
+        minireft.evaluate(model, model.tokenizer, examples, metrics=("rank",))
 
 
 @pytest.mark.parametrize("name", ("roberta", "t5", "bart"))

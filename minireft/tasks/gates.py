@@ -83,7 +83,7 @@ def examples(count: int = 200, seed: int = 0) -> dict[str, list[Example]]:
 
 def score(model, tokenizer, count: int = 200, seed: int = 0) -> dict[str, float]:
     """Every gate's share of right answers; an encoder's, of those with choices, is to fill in the first word of the answer."""
-    if model.config.encoder_layers == model.config.layers:
+    if model.config.architecture == "encoder":
         return {name: filled(model, tokenizer, items) for name, items in examples(count, seed).items() if items[0].choices}
     scores = {}
     for name, items in examples(count, seed).items():
