@@ -6,8 +6,9 @@ from .adapters import (IA3, Bank, Classifier, ConsReFT, DiReFT, LobiReFT, LoRA, 
 from .adapters.compose import Subspace, weighted_sum
 from .adapters.more.interchange import Interchange
 from .checkpoint import load, save
-from .data import Example, read_examples
+from .data import Example
 from .evaluation import classify, evaluate
+from .formats.datasets import read_examples
 from .generation import generate
 from .model import Cache, Model, ModelConfig
 from .tokenizer import Tokenizer

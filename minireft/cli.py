@@ -18,6 +18,7 @@ import torch
 
 import minireft
 from minireft import adapters, tasks
+from minireft.formats import datasets
 
 METHODS = {                             # and the learning rate that suits the shipped base, chosen on validation items
     "loreft": ("LoReFT", 1.5e-2), "direft": ("DiReFT", 1.5e-2), "ia3": ("IA3", 5e-2), "lora": ("LoRA", 6e-3),
@@ -161,7 +162,9 @@ def read(args, split: str):
     """The examples asked for: a task's split, or a file."""
     if args.task:
         return tasks.load(args.task, split, args.limit)
-    examples = minireft.read_examples(args.data)
+    examples, bad = datasets.read(args.data, args.format, args.template, args.skip_bad_rows)
+    if bad:
+        print(f"minireft: skipped {len(bad)} malformed rows; the first: {bad[0]}", file=sys.stderr)
     return examples[: args.limit] if args.limit else examples
 
 
@@ -232,7 +235,12 @@ def build_parser() -> argparse.ArgumentParser:
         source = p[command].add_mutually_exclusive_group(required=True)
         source.add_argument("--task", metavar="NAME", help=f"{what} a task: {', '.join(tasks.names())}")
         source.add_argument("--data", metavar="FILE",
-                            help=f'{what} a .jsonl file: a line is {{"prompt": "...", "completion": "..."}}')
+                            help=f'{what} a file: a line is {{"prompt": "...", "completion": "..."}}; or see --format')
+        p[command].add_argument("--format", choices=datasets.FORMATS, metavar="NAME",
+                                help=f"of --data, where its first row does not tell: {', '.join(datasets.FORMATS)}")
+        p[command].add_argument("--template", type=number(int, 0), metavar="N", default=0 if command is evaluate else None,
+                                help="of --data with several wordings: which, from 0 (default: tune takes all, evaluate the first)")
+        p[command].add_argument("--skip-bad-rows", action="store_true", help="leave malformed rows of --data out, and say how many")
         p[command].add_argument("--limit", type=number(int, 1), metavar="N", help="only the first N examples")
     for command in (tune, pretrain):
         p[command].add_argument("--quiet", action="store_true", help="no progress bar")

@@ -6,9 +6,7 @@ See:  prompt and completion are encoded apart and joined, so the prompt's length
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,13 +15,16 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Example:
     """A prompt and its completion; `choices` (the completion among them) make it a multiple choice. id: its number;
-    task: which adapter of a bank it is for."""
+    task: which adapter of a bank it is for; answer: what must be found in what is written, by the rules of its `format`
+    (formats/datasets.py)."""
 
     prompt: str
     completion: str = ""
     choices: tuple[str, ...] = ()
     id: int | None = None
     task: str | None = None
+    answer: str | None = None
+    format: str = "prompts"
 
 
 @dataclass(frozen=True)
@@ -65,35 +66,6 @@ class Batch:
         if self.prompt is None:
             return model(self.tokens, self.mask, self.prompt_lengths, tasks)
         return model(self.prompt, self.prompt_mask, None, tasks, decoder_tokens=self.tokens)
-
-
-def read_examples(path) -> list[Example]:
-    """Examples from a .jsonl file: a line is an object with "prompt", "completion" and, for a multiple choice, "choices".
-
-    Raises FileNotFoundError; ValueError that names the file and the line of a row that is malformed.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {path}: expected .jsonl, a prompt and a completion on every line")
-    examples = []
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError(f"it is a {type(row).__name__}")
-            for name in ("prompt", "completion"):
-                if not isinstance(row.get(name), str) or not row[name].strip():
-                    raise ValueError(f"{name!r} is {row.get(name)!r}")
-            choices = row.get("choices", [])
-            if not isinstance(choices, list) or not all(isinstance(c, str) for c in choices) or choices and row["completion"] not in choices:
-                raise ValueError(f"'choices' is {choices!r}: a list of texts, the completion among them, is expected there")
-        except ValueError as error:                                       # a JSON error and a wrong encoding are ValueErrors too
-            raise ValueError(f'{path}, line {number}: {error}; expected {{"prompt": "some text", "completion": "some text"}}') from error
-        examples.append(Example(row["prompt"], row["completion"], tuple(choices), id=len(examples)))
-    if not examples:
-        raise ValueError(f"{path} holds no rows: expected a prompt and a completion on every line")
-    return examples
 
 
 def encode_prompt(tokenizer, text: str, context: int) -> list[int]:

@@ -7,33 +7,40 @@ See:  shares of right answers with their standard errors.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from statistics import fmean, pstdev
 
 from torch import Tensor
 
 from .adapters import labels_of, task_ids
 from .data import Encoded, Example, collate, encode, encode_prompt, padded, wrong_choices
+from .formats.datasets import FORMATS
 from .generation import evaluating, generate_ids
 from .losses import mean_log_p
 from .model import Model
 
+METRICS = ("rank", "exact", "answer", "loss")
+
 
 @dataclass(frozen=True)
 class Scores:
-    """rank: share of examples whose likeliest choice is right (None without choices); exact: share written exactly."""
+    """Shares of examples, None where not asked for: rank, whose likeliest choice is right; exact, written exactly; answer,
+    whose answer stands in what was written. loss: −log p of the completion, nats a token, the mean over examples."""
 
     n: int
     rank: float | None
     exact: float | None
     answers: tuple[str, ...] = ()       # what was written, in the order of the examples
+    answer: float | None = None
+    loss: float | None = None
+    loss_error: float = 0.0             # the standard error of that mean
 
     def standard_error(self, name: str) -> float:
-        """√(p(1 − p)/n) of 'rank' or 'exact'."""
+        """√(p(1 − p)/n) of a share, and of 'loss' its own."""
         p = getattr(self, name)
-        return (p * (1 - p) / self.n) ** 0.5
+        return self.loss_error if name == "loss" else (p * (1 - p) / self.n) ** 0.5
 
     def __str__(self) -> str:
-        parts = [f"{name} {getattr(self, name):.3f} ± {self.standard_error(name):.3f}" for name in ("rank", "exact")
-                 if getattr(self, name) is not None]
+        parts = [f"{name} {getattr(self, name):.3f} ± {self.standard_error(name):.3f}" for name in METRICS if getattr(self, name) is not None]
         return f"{', '.join(parts)} on {self.n} examples"
 
 
@@ -73,34 +80,53 @@ def evaluate(model: Model, tokenizer, examples: list[Example], metrics=None, bat
 
     "rank": among an example's choices the one of the highest mean log-likelihood a token must be its completion; with
     length_normalised=False the one of the highest log-likelihood; a tie is not right. A classifier that is attached
-    chooses among its own labels. "exact": the greedy continuation must equal the completion, token for token. metrics:
-    None takes both, or "exact" alone where some examples bring no choices.
-    Raises ValueError for no examples, an unknown metric, and for "rank" without a completion and another to choose from.
+    chooses among its own labels. "exact": the greedy continuation must equal the completion, token for token. "answer": the
+    example's answer must stand in the greedy continuation where the rules of its format look. "loss": see `Scores`.
+    metrics: None takes what is usual for the examples' format (formats/datasets.py); that is "rank" and "exact" for prompts
+    and completions, or "exact" alone where some bring no choices.
+    Raises ValueError for no examples, an unknown metric, "rank" without a completion and another to choose from, and "answer" where
+    an example has none.
     """
     if not examples:
         raise ValueError("there are no examples to evaluate on")
     labels = labels_of(model.adapters)
-    metrics = metrics or (("rank",) if labels else ("rank", "exact") if all(e.choices for e in examples) else ("exact",))
-    if not set(metrics) <= {"rank", "exact"}:
-        raise ValueError(f"metrics are {metrics!r}: expected some of rank, exact")
-    context, rank, exact, answers = model.config.context, None, None, []
+    same = len({e.format for e in examples}) == 1
+    usual = ("rank",) if labels else FORMATS[examples[0].format].metrics if same else None
+    metrics = metrics or usual or (("rank", "exact") if all(e.choices for e in examples) else ("exact",))
+    if not set(metrics) <= set(METRICS):
+        raise ValueError(f"metrics are {metrics!r}: expected some of {', '.join(METRICS)}")
+    context, found, answers = model.config.context, {}, []
     with evaluating(model):
         if "rank" in metrics and labels:
-            found = classify(model, tokenizer, [e.prompt for e in examples], batch_size)
-            rank = sum(label == e.completion for label, e in zip(found, examples)) / len(examples)
+            names = classify(model, tokenizer, [e.prompt for e in examples], batch_size)
+            found["rank"] = fmean(label == e.completion for label, e in zip(names, examples))
         elif "rank" in metrics:
             rows = [[encode(tokenizer, replace(e, completion=c), context) for c in (e.completion, *wrong_choices(e))] for e in examples]
             scores, right = iter(mean_log_likelihoods(model, sum(rows, []), batch_size)), 0
             for choices in rows:                                          # the right one stands first
                 best = [next(scores) * (1 if length_normalised else row.predicted(row.ids)) for row in choices]
                 right += best[0] > max(best[1:])
-            rank = right / len(examples)
+            found["rank"] = right / len(examples)
+        if "loss" in metrics:
+            losses = [-b for b in mean_log_likelihoods(model, [encode(tokenizer, e, context) for e in examples], batch_size)]
+            found |= {"loss": fmean(losses), "loss_error": pstdev(losses) / len(losses) ** 0.5}
+        if "answer" in metrics:
+            if missing := [e for e in examples if e.answer is None or not FORMATS[e.format].right]:
+                raise ValueError(f"{missing[0].prompt[:60]!r} has no answer to look for: use other metrics, or a format that has")
+            most = [FORMATS[e.format].max_new_tokens for e in examples]
+            answers = write(model, tokenizer, examples, most, batch_size)
+            found["answer"] = fmean(FORMATS[e.format].right(tokenizer.decode(ids), e) for e, ids in zip(examples, answers))
         if "exact" in metrics:
             wanted = [tokenizer.encode(e.completion) for e in examples]
-            prompts = [encode_prompt(tokenizer, e.prompt, context - 1) for e in examples]
-            for first in range(0, len(examples), batch_size):
-                most = max(map(len, wanted[first : first + batch_size])) + 1            # one more: the end must come in time
-                tasks = task_ids(model, [e.task for e in examples[first : first + batch_size]])
-                answers += generate_ids(model, prompts[first : first + batch_size], most, tokenizer.eos_id, tasks=tasks)
-            exact = sum(a == w for a, w in zip(answers, wanted)) / len(examples)
-    return Scores(len(examples), rank, exact, tuple(map(tokenizer.decode, answers)))
+            answers = write(model, tokenizer, examples, [len(ids) + 1 for ids in wanted], batch_size)       # the end must come in time
+            found["exact"] = fmean(a == w for a, w in zip(answers, wanted))
+    return Scores(len(examples), **{"rank": None, "exact": None} | found, answers=tuple(map(tokenizer.decode, answers)))
+
+
+def write(model: Model, tokenizer, examples: list[Example], most: list[int], batch_size: int) -> list[list[int]]:
+    """The greedy continuation of each prompt: as many tokens as the most in its batch."""
+    prompts, written = [encode_prompt(tokenizer, e.prompt, model.config.context - 1) for e in examples], []
+    for first in range(0, len(examples), batch_size):
+        tasks = task_ids(model, [e.task for e in examples[first : first + batch_size]])
+        written += generate_ids(model, prompts[first : first + batch_size], max(most[first : first + batch_size]), tokenizer.eos_id, tasks=tasks)
+    return written

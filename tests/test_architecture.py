@@ -16,11 +16,11 @@ PACKAGE = ROOT / "minireft"
 ARROWS = {
     "files": "", "reference": "", "positions": "", "losses": "data", "config": "", "cache": "", "geometry": "config", "model": "cache config geometry", "data": "", "tokenizer": "",
     "ops": "reference",
-    "formats": "config files model tokenizer",
+    "formats": "config data files model tokenizer",
     "adapters": "files formats ops positions",
     "checkpoint": "files formats model tokenizer",
     "generation": "data model",
-    "evaluation": "adapters data generation losses model",
+    "evaluation": "adapters data formats generation losses model",
     "training": "adapters data files losses model",
     "reading": "adapters",
     "tasks": "data evaluation",
