@@ -292,6 +292,26 @@ def llama2c_tensors(tied: bool) -> dict:
     return tensors if tied else {**tensors, "head": draw(V, C)}
 
 
+GROUP = 4                               # weights that share a scale, in version 2
+
+
+def quantised(w: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """export.py's Q8_0: int8 in groups, and each group's scale, its largest magnitude / 127."""
+    groups = w.numpy().reshape(-1, GROUP)
+    scale = np.abs(groups).max(1) / np.float32(127)
+    return np.round(groups / scale[:, None]).astype("<i1"), scale.astype("<f4")
+
+
+def dequantised(w: torch.Tensor) -> torch.Tensor:
+    q, scale = quantised(w)
+    return torch.from_numpy(q * scale[:, None]).view(w.shape)
+
+
+def quantised_bytes(w: torch.Tensor) -> bytes:
+    """A tensor of version 2, layer after layer: the weights, then their scales."""
+    return b"".join(array.tobytes() for layer in (w if w.dim() == 3 else [w]) for array in quantised(layer))
+
+
 def write_llama2c(path, w: dict, version: int = 0):
     sizes = list(SIZES.values())
     if version == 0:
@@ -300,9 +320,11 @@ def write_llama2c(path, w: dict, version: int = 0):
         data = struct.pack("<7i", *sizes)
     else:
         names = ("att_norm", "ffn_norm", "norm", "embed", "wq", "wk", "wv", "wo", "w1", "w2", "w3", "head")
-        data = (b"24ka" + struct.pack("<8i", version, *sizes) + bytes(["head" not in w])).ljust(256, b"\0")
+        data = b"24ka" + struct.pack("<8i", version, *sizes) + bytes(["head" not in w])
+        data = (data + struct.pack("<i", GROUP) * (version == 2)).ljust(256, b"\0")
     w = {**w, "rotary": torch.full((24, 4), torch.nan)}                   # to be skipped, whatever is in it
-    path.write_bytes(data + b"".join(w[name].numpy().tobytes() for name in names if name in w))
+    small_file = {name: quantised_bytes(w[name]) for name in names if name in w and "norm" not in name} if version == 2 else {}
+    path.write_bytes(data + b"".join(small_file.get(name, w[name].numpy().tobytes()) for name in names if name in w))
     return path
 
 
@@ -332,11 +354,13 @@ def hand_written_llama2c(w: dict, ids) -> np.ndarray:
     return norm(h, w["norm"]) @ w.get("head", w["embed"]).T
 
 
-@pytest.mark.parametrize("version", (0, 1))
+@pytest.mark.parametrize("version", (0, 1, 2))
 @pytest.mark.parametrize("tied", (True, False))
 def test_llama2c_models(tmp_path, tied, version):
     w = llama2c_tensors(tied)
     model, tokenizer = minireft.load(write_llama2c(tmp_path / "model.bin", w, version))
+    if version == 2:
+        w = {name: t if "norm" in name else dequantised(t) for name, t in w.items()}
     assert np.abs(agree(model) - hand_written_llama2c(w, IDS)).max() < 1e-5
     assert tokenizer is None and model.config.tied == tied and model.config.context == 24
     assert model.state_dict().keys() == minireft.Model(model.config).state_dict().keys()           # and no table of cosines
@@ -347,7 +371,13 @@ def test_llama2c_files_that_are_not_whole_or_none(tmp_path):
     whole = path.read_bytes()
     for data, words in ((whole[:-4], "bytes where its header promises"), (whole + b"\0\0\0\0", "bytes where its header promises"),
                         (whole[:9], "no llama2.c model"), (b"", "no llama2.c model"), (b"PK\3\4" + whole, "no llama2.c model"),
-                        (b"24ka" + struct.pack("<i", 2) + whole, "version 2")):
+                        (b"24ka" + struct.pack("<i", 3) + whole, "version 3")):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=words):
+            minireft.load(path)
+    whole, scales = write_llama2c(path, llama2c_tensors(True), 2).read_bytes(), 256 + 4 * 5 * 16 + 29 * 16
+    for data, words in ((whole[:-1], "bytes where its header promises"), (whole[:37] + struct.pack("<i", 5) + whole[41:], "groups of 5"),
+                        (whole[:scales] + struct.pack("<f", -1) + whole[scales + 4 :], "scales of embed.weight that are none")):
         path.write_bytes(data)
         with pytest.raises(ValueError, match=words):
             minireft.load(path)

@@ -1,9 +1,9 @@
-"""llama2.c's files: a model .bin (the legacy layout, or version 1) and the tokenizer .bin beside it.
+"""llama2.c's files: a model .bin (the legacy layout, version 1, or version 2 in int8) and the tokenizer .bin beside it.
 
 Use:  model, tokenizer = minireft.load("stories260K.bin")      # takes tok512.bin or tokenizer.bin from the same folder
 See:  an ordinary model; the rows of query and key were put into the order that our rotary positions want.
 
-Layouts: github.com/karpathy/llama2.c, export.py (legacy_export, version1_export) and tokenizer.py.
+Layouts: github.com/karpathy/llama2.c, export.py (legacy_export, version1_export, version2_export), runq.c and tokenizer.py.
 """
 
 from __future__ import annotations
@@ -27,20 +27,22 @@ FFN = tuple(f"blocks.{{}}.ffn.{name}.weight" for name in ("gate", "down", "up"))
 ROTARY = "a table of cosines and sines"                                                    # in the file, but not learned
 # The order of the tensors; of every one that has a layer, all layers follow one another.
 LEGACY = ("embed.weight", NORMS[0], *ATTENTION, NORMS[1], *FFN, "norm.weight", ROTARY, "head.weight")
-VERSION1 = (*NORMS, "norm.weight", "embed.weight", *ATTENTION, *FFN, "head.weight")
+IMPROVED = (*NORMS, "norm.weight", "embed.weight", *ATTENTION, *FFN, "head.weight")
 MAGIC = 0x616B3432                                                                         # "ak42"
 
 
-def read_header(path: Path) -> tuple[ModelConfig, tuple[str, ...], int]:
-    """The configuration, the order of the tensors, and where they begin."""
+def read_header(path: Path) -> tuple[ModelConfig, tuple[str, ...], int, int]:
+    """The configuration, the order of the tensors, where they begin, and how many weights share a scale: 0 for float32."""
     with open(path, "rb") as file:
         header = file.read(256).ljust(64, b"\0")
+    group = 0
     if struct.unpack_from("<I", header)[0] == MAGIC:
         version = struct.unpack_from("<i", header, 4)[0]
-        if version != 1:
-            raise ValueError(f"{path} is a llama2.c file of version {version}: expected the legacy layout, or version 1 "
-                             "(2 is quantised)")
-        sizes, tied, order, start = struct.unpack_from("<7i", header, 8), bool(header[36]), VERSION1, 256
+        if version not in (1, 2):
+            raise ValueError(f"{path} is a llama2.c file of version {version}: expected the legacy layout, or version 1 or 2")
+        sizes, tied, order, start = struct.unpack_from("<7i", header, 8), bool(header[36]), IMPROVED, 256
+        if version == 2:
+            group = struct.unpack_from("<i", header, 37)[0]
     else:
         sizes = struct.unpack_from("<7i", header)
         tied, order, start = sizes[5] > 0, LEGACY, 28                     # a negative vocabulary says: the head is its own
@@ -49,7 +51,9 @@ def read_header(path: Path) -> tuple[ModelConfig, tuple[str, ...], int]:
         config = ModelConfig(abs(vocabulary), width, layers, heads, hidden, context, kv_heads=kv_heads, tied=tied)
     except ValueError as error:
         raise ValueError(f"{path} is no llama2.c model: {error}") from error
-    return config, order, start
+    if group < 0 or group and (width % group or hidden * width % group):
+        raise ValueError(f"{path} is quantised in groups of {group}: expected a divisor of its width {width}")
+    return config, order, start, group
 
 
 def shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -65,12 +69,20 @@ def halves(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
     return weight.view(-1, head_dim // 2, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
+def stored(name: str, shape: tuple[int, ...], group: int) -> list[tuple[str, int]]:
+    """The arrays that hold one tensor, (dtype, length): float32, or in version 2, but for norms, int8 and its groups' scales."""
+    n = math.prod(shape)
+    return [("<i1", n), ("<f4", n // group)] if group and len(shape) == 2 and n else [("<f4", n)]
+
+
 def load(path, device=None, dtype=None):
     """(model, tokenizer) of a llama2.c file; tokenizer None where neither tok<V>.bin nor tokenizer.bin lies beside it."""
     path = Path(path)
-    config, order, start = read_header(path)
-    shape, per_layer = shapes(config), lambda name: config.layers if "{}" in name else 1
-    expected = start + 4 * sum(per_layer(name) * math.prod(shape[name]) for name in order)
+    config, order, start, group = read_header(path)
+    shape = shapes(config)
+    layout = [(name.format(layer), name, stored(name, shape[name], group))                 # one after the other
+              for name in order for layer in range(config.layers if "{}" in name else 1)]
+    expected = start + sum(np.dtype(kind).itemsize * n for _, _, arrays in layout for kind, n in arrays)
     if path.stat().st_size != expected:
         raise ValueError(f"{path} has {path.stat().st_size:,} bytes where its header promises {expected:,}: "
                          "it is cut off, or no llama2.c model; fetch it again")
@@ -80,15 +92,17 @@ def load(path, device=None, dtype=None):
         model = Model(config)
     with open(path, "rb") as file:
         file.seek(start)
-        for name in order:
-            for layer in range(per_layer(name)):
-                numbers = np.fromfile(file, "<f4", math.prod(shape[name]))
-                if name == ROTARY or not len(numbers):
-                    continue
-                weight = torch.from_numpy(numbers).view(shape[name])
-                if name in ATTENTION[:2]:
-                    weight = halves(weight, config.head_dim)
-                fill(model, name.format(layer), weight, device, dtype)
+        for ours, name, arrays in layout:
+            numbers, *scales = (np.fromfile(file, kind, n) for kind, n in arrays)
+            if name == ROTARY or not len(numbers):
+                continue
+            if scales:
+                if not (scales[0] >= 0).all() or not np.isfinite(scales[0]).all():
+                    raise ValueError(f"{path} has scales of {ours} that are none: it was written by an export.py that put all "
+                                     "scales at the end, or is damaged; export it again")
+                numbers = numbers.reshape(-1, group) * scales[0][:, None]
+            weight = torch.from_numpy(numbers).view(shape[name])
+            fill(model, ours, halves(weight, config.head_dim) if name in ATTENTION[:2] else weight, device, dtype)
     model.tie()
     model.requires_grad_(False).eval()
     model.tokenizer = tokenizer
