@@ -11,11 +11,12 @@ from .evaluation import classify, evaluate
 from .formats.datasets import read_examples
 from .generation import generate
 from .model import Cache, Model, ModelConfig
+from .recipes import recipe
 from .tokenizer import Tokenizer
 from .training import TrainConfig, train
 
 __version__ = "0.1.0"
 __all__ = ["Bank", "Cache", "Classifier", "ConsReFT", "DiReFT", "Example", "IA3", "Interchange", "LoRA", "LoReFT", "LobiReFT",
            "Model", "ModelConfig", "NEFTune", "NoReFT", "SteeringVector", "Subspace", "Tokenizer", "TrainConfig",
-           "classify", "evaluate", "generate", "load", "load_adapter", "ops", "read_examples", "reference", "save", "tasks",
+           "classify", "evaluate", "generate", "load", "load_adapter", "ops", "read_examples", "recipe", "reference", "save", "tasks",
            "train", "weighted_sum"]

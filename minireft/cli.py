@@ -17,16 +17,14 @@ from pathlib import Path
 import torch
 
 import minireft
-from minireft import adapters, tasks
+from minireft import tasks
 from minireft.formats import datasets
+from minireft.recipes import METHODS, RECIPES, recipe
 
-METHODS = {                             # and the learning rate that suits the shipped base, chosen on validation items
-    "loreft": ("LoReFT", 1.5e-2), "direft": ("DiReFT", 1.5e-2), "ia3": ("IA3", 5e-2), "lora": ("LoRA", 6e-3),
-    "full": (None, 5e-4)}
 PROGRAMS = {"bench": "kernels.py", "profile": "profile_kernel.py", "neftune": "neftune.py"}
-OPTIONS = {                             # which option of `tune` belongs to which methods
-    "rank": ("loreft", "direft", "lora"), "layers": ("loreft", "direft"), "positions": ("loreft", "direft"),
-    "untied": ("loreft", "direft"), "sites": ("ia3", "lora")}
+# What `tune` can change of a recipe or a method: an option of its adapter, or a field of TrainConfig.
+SETTINGS = ("rank", "layers", "positions", "tied", "sites", "init_scale", "layer_norm", "neftune", "epochs", "steps", "batch_size", "lr",
+            "optimizer", "schedule", "warmup", "weight_decay", "losses", "pack")
 
 
 # -------------------------------------------------------------------------------------------------- the everyday verbs
@@ -39,30 +37,23 @@ def demo(args) -> None:
 
 def tune(args) -> None:
     """Trains one method on a task or on the user's own file, and saves what was learned."""
-    out, (kind, lr) = Path(args.out), METHODS[args.method]
-    done = out / ("base" if args.method == "full" else "adapter.safetensors")
+    out, name = Path(args.out), args.recipe or args.method
+    full = (RECIPES | METHODS)[name].kind is None
+    done = out / ("base" if full else "adapter.safetensors")
     if not args.resume and ((out / "checkpoint.pt").exists() or done.exists()):
         raise ValueError(f"{out} holds a run already: add --resume to go on with it, or name another folder with --out")
-    for name, methods in OPTIONS.items():
-        if getattr(args, name) is not None and args.method not in methods:
-            raise ValueError(f"--{name} means nothing to {args.method}: it belongs to {', '.join(methods)}")
     model, tokenizer = open_base(args)
     examples = read(args, "train")
-    options = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
-    if options.pop("untied", False):
-        options["tied"] = False
     torch.manual_seed(args.seed)
-    adapter = adapters.KINDS[kind](model, **options) if kind else None
-    noise = [minireft.NEFTune(model, alpha=args.neftune, seed=args.seed)] if args.neftune is not None else []
-    config = minireft.TrainConfig(steps=args.steps, lr=args.lr or lr, batch_size=args.batch_size, seed=args.seed,
-                                  pack=args.pack, full=adapter is None)
+    changes = {key: getattr(args, key) for key in SETTINGS if getattr(args, key) is not None}
+    adapters, config = recipe(name, model, examples, args.seed, print if args.recipe else None, **changes)
+    adapter = None if full else adapters[0]
     if adapter:
         adapter.print_trainable_parameters()
     else:
         print(f"trainable parameters: all {sum(p.numel() for p in model.parameters()):,} of the base")
     try:
-        run = minireft.train(model, [adapter, *noise] if adapter else noise, examples, config, tokenizer,
-                             out, args.resume, progress(args))
+        run = minireft.train(model, adapters, examples, config, tokenizer, out, args.resume, progress(args))
     except KeyboardInterrupt:
         again = shlex.join(["minireft", *args.argv, *([] if args.resume else ["--resume"])])
         kept = (out / "checkpoint.pt").exists()
@@ -74,8 +65,8 @@ def tune(args) -> None:
     if run.losses:
         print(f"{len(run.losses)} steps in {run.seconds:.0f} s, loss {run.losses[0]:.3f} → {run.losses[-1]:.3f}")
     use = f"--adapter {done}" + (f" --base {args.base}" if args.base != "base" else "") if adapter else f"--base {done}"
-    print(f"saved {done}; now: minireft evaluate --task {args.task} {use}" if args.task else
-          f"saved {done}; now: minireft generate {use} {shlex.quote(examples[0].prompt)}")
+    score = args.task and f"--task {args.task}" or isinstance(adapter, minireft.Classifier) and f"--data {args.data}"
+    print(f"saved {done}; now: minireft {f'evaluate {score} {use}' if score else f'generate {use} {shlex.quote(examples[0].prompt)}'}")
 
 
 def generate(args) -> None:
@@ -250,20 +241,33 @@ def build_parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="few steps and few items: whether it runs, not what it shows")
 
     add = p[tune].add_argument
-    add("--method", choices=METHODS, default="loreft", help="default: loreft; full trains the base itself")
+    way = p[tune].add_mutually_exclusive_group()
+    way.add_argument("--method", choices=METHODS, default="loreft", help="default: loreft; full trains the base itself")
+    way.add_argument("--recipe", choices=RECIPES, metavar="NAME",
+                     help=f"a paper's settings, printed; the options below change them: {', '.join(RECIPES)}")
     add("--out", required=True, metavar="FOLDER", help="for adapter.safetensors (or base), log.jsonl, checkpoint.pt")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, to the same bits as without a stop")
     add("--rank", type=int, metavar="N", help="loreft, direft (default 4), lora (default 8)")
     add("--layers", metavar="LIST", help="loreft, direft: all, or numbers from 0 such as 3,5 (default: all)")
     add("--positions", metavar="WHERE", help="loreft, direft: which prompt tokens are edited, fN+lM (default: f7+l7)")
-    add("--untied", action="store_true", default=None, help="loreft, direft: own weights for first and last tokens")
+    add("--untied", action="store_false", default=None, dest="tied", help="loreft, direft: own weights for first and last tokens")
+    add("--tied", action="store_true", default=None, help="the same weights for both (default, but of reft-instruct)")
     add("--sites", metavar="LIST", help="ia3 (default key,value,ffn), lora (default query,value; or all)")
+    add("--init-scale", type=float, metavar="X", help="ia3: vectors start at 1 + X (default: 0)")
+    add("--layer-norm", action="store_true", default=None, help="ia3: scales the layer norms as well")
     add("--neftune", type=number(float, 0), metavar="ALPHA", help="noise on the embeddings while training; 5 is usual")
-    add("--pack", action="store_true", help="several examples to a row of the context: the same training, fewer rows")
-    add("--steps", type=number(int, 1), default=200, metavar="N", help="default: 200")
-    add("--batch-size", type=number(int, 1), default=16, metavar="N", help="examples in a step (default: 16)")
+    add("--pack", action="store_true", default=None, help="several examples to a row of the context: the same training, fewer rows")
+    add("--steps", type=number(int, 1), metavar="N", help="default: 200")
+    add("--epochs", type=number(float, 0, above=True), metavar="N", help="instead of --steps: passes over the examples")
+    add("--batch-size", type=number(int, 1), metavar="N", help="examples in a step (default: 16)")
     add("--lr", type=number(float, 0, above=True), metavar="X",
         help="learning rate (default: what suits the shipped base)")
+    add("--optimizer", choices=("adamw", "adafactor"), metavar="NAME", help="adamw (default) or adafactor")
+    add("--schedule", choices=("linear", "cosine", "constant"), metavar="NAME", help="to zero: linear (default), cosine; or constant")
+    add("--warmup", type=number(float, 0), metavar="X", help="share of the steps over which the rate rises (default: 0.1)")
+    add("--weight-decay", type=number(float, 0), metavar="X", help="default: 0")
+    add("--losses", type=lambda names: tuple(names.split(",")), metavar="LIST",
+        help="lm (default); unlikelihood, length where there are choices")
     add("--seed", type=int, default=0, metavar="N", help="of the start, the order and the noise (default: 0)")
 
     add = p[generate].add_argument

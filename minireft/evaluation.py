@@ -40,7 +40,8 @@ class Scores:
         return self.loss_error if name == "loss" else (p * (1 - p) / self.n) ** 0.5
 
     def __str__(self) -> str:
-        parts = [f"{name} {getattr(self, name):.3f} ± {self.standard_error(name):.3f}" for name in METRICS if getattr(self, name) is not None]
+        asked = [name for name in METRICS if getattr(self, name) is not None]
+        parts = [f"{name} {getattr(self, name):.3f} ± {self.standard_error(name):.3f}" for name in asked]
         return f"{', '.join(parts)} on {self.n} examples"
 
 
@@ -127,6 +128,7 @@ def write(model: Model, tokenizer, examples: list[Example], most: list[int], bat
     """The greedy continuation of each prompt: as many tokens as the most in its batch."""
     prompts, written = [encode_prompt(tokenizer, e.prompt, model.config.context - 1) for e in examples], []
     for first in range(0, len(examples), batch_size):
-        tasks = task_ids(model, [e.task for e in examples[first : first + batch_size]])
-        written += generate_ids(model, prompts[first : first + batch_size], max(most[first : first + batch_size]), tokenizer.eos_id, tasks=tasks)
+        some = slice(first, first + batch_size)
+        tasks = task_ids(model, [e.task for e in examples[some]])
+        written += generate_ids(model, prompts[some], max(most[some]), tokenizer.eos_id, tasks=tasks)
     return written

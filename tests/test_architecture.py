@@ -23,6 +23,7 @@ ARROWS = {
     "evaluation": "adapters data formats generation losses model",
     "training": "adapters data files losses model",
     "reading": "adapters",
+    "recipes": "adapters training",
     "tasks": "data evaluation",
     "formats.convert": "adapters checkpoint formats",
     "pretraining": "checkpoint data files model tasks tokenizer",
@@ -116,10 +117,11 @@ def test_line_budgets():
     for name, most in sorted(budget.items()):
         print(f"{counts[name]:5d} of {most:4d}  {name}")
     own = [path for path in PACKAGE.rglob("*.py") if not {"formats", "tasks", "more"} & set(path.relative_to(PACKAGE).parts[:-1])]
-    commands = [path for path in own if path.stem in {*COMMANDS, "pretraining"} and path.parent == PACKAGE]
+    commands = [path for path in own if path.stem in {*COMMANDS, "pretraining", "recipes"} and path.parent == PACKAGE]
     kernels = [PACKAGE / "ops.py", PACKAGE / "reference.py"]
+    # 1,070 since the papers' recipes became a module of their own
     # 3,000 since the encoder, the encoder–decoder, T-Few's losses and packing joined
-    parts = {"model, adapters, training, ...": 3000, "the kernels' Python half": 800, "commands and pre-training": 950}
+    parts = {"model, adapters, training, ...": 3000, "the kernels' Python half": 800, "commands and pre-training": 1070}
     sizes = {"the kernels' Python half": sum(map(lines, kernels)), "commands and pre-training": sum(map(lines, commands))}
     sizes["model, adapters, training, ..."] = sum(map(lines, own)) - sum(sizes.values())
     for name, most in parts.items():

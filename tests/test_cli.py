@@ -193,7 +193,7 @@ def other_base(tiny_base, tmp_path):
     ("--rank 0", "rank is 0: expected a whole number from 1 to"), ("--rank 33", "width, 32"), ("--rank many", "invalid"),
     ("--layers 7", "from 0 to 1"), ("--layers 1,1", "distinct"), ("--layers last", "expected 'all'"),
     ("--positions g3", "'fN+lM'"), ("--positions f0", "at least 1"), ("--positions f3 --untied", "no prefix and suffix"),
-    ("--method ia3 --sites key,nose", "site 'nose' is unknown"), ("--method ia3 --rank 0", "--rank means nothing to ia3"),
+    ("--method ia3 --sites key,nose", "site 'nose' is unknown"), ("--method ia3 --rank 0", "rank means nothing to ia3: expected sites, init_scale"),
     ("--method lora --rank 33", "rank is 33"), ("--method magic", "invalid choice: 'magic'"),
     ("--task riddles", "there is no task 'riddles': choose from facts"), ("--base nowhere", "there is no base at nowhere"),
     ("--steps 0", "0 is out of range"), ("--lr -1", "-1 is out of range"), ("--lr nan", "nan is out of range"),

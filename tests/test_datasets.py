@@ -33,23 +33,24 @@ def as_lines(*rows):
     return "\n".join(map(json.dumps, rows)) + "\n"
 
 
+ALPACA = "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
+ALPACA += "### Instruction:\n{}\n\n"
 FILES = {                               # format → (a file, how many examples, the first one's prompt, completion, answer)
     "prompts": (as_lines({"prompt": "a", "completion": "b"}), 1, "a", "b", None),
     "commonsense": (as_list(BOOLQ), 1, "Is water wet?\n\nAnswer format: true/false\n", "the correct answer is true", "true"),
-    "math": (as_list(SUM, LETTER), 2, "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-             "### Instruction:\nWhat is 7 + 1,000?\n\n### Response:\n", "It is 7 + 1,000 = 1,007.", "1007.0"),
-    "alpaca": (as_list(TALK_ABOUT, TALK), 2, "Below is an instruction that describes a task, paired with an input that provides further context. "
-               "Write a response that appropriately completes the request.\n\n### Instruction:\nTranslate.\n\n### Input:\nchien\n\n### Response:\n",
-               "dog", None),
-    "gsm8k": (as_lines(GSM), 1, "How many legs have 3 cows?\nAnswer the above question. First think step by step and then answer the final number.\n",
-              "3 * 4 = <<3*4=12>>12\nThe final answer is: 12", "12"),
+    "math": (as_list(SUM, LETTER), 2, ALPACA.format("", "What is 7 + 1,000?") + "### Response:\n", "It is 7 + 1,000 = 1,007.", "1007.0"),
+    "alpaca": (as_list(TALK_ABOUT, TALK), 2, ALPACA.format(", paired with an input that provides further context", "Translate.")
+               + "### Input:\nchien\n\n### Response:\n", "dog", None),
+    "gsm8k": (as_lines(GSM), 1, "How many legs have 3 cows?\nAnswer the above question. First think step by step and then answer the "
+              "final number.\n", "3 * 4 = <<3*4=12>>12\nThe final answer is: 12", "12"),
     "t-few-rte": (as_lines(NLI), 7, 'Given that It rains. Does it follow that "It is wet."?', "No", None),
     "t-few-cb": (as_lines(NLI), 4, "Given that It rains. Does it follow that It is wet.? Yes, no, or maybe?", "No", None),
     "t-few-copa": (as_lines(CHOICE), 3, '"I got wet." or "I got rich."? It rained. so', "I got wet.", None),
     "t-few-sst2": (as_lines(REVIEW), 4, "a fine film\nQuestion: Was that sentence positive or negative? Answer:", "positive", None),
-    "sst2": ("1 a fine film\n0 a dull one\n", 8, "a fine film\nQuestion: Was that sentence positive or negative? Answer:", "positive", None),
-    "trec": ("NUM:date When ?\nHUM:ind Who ?\n", 6, "Question: When ?\n\nDescriptors: Description, Entity, Abbreviation, Person, Quantity, Location\n\n"
-             "Best Descriptor?", "Quantity", None)}
+    "sst2": ("1 a fine film\n0 a dull one\n", 8, "a fine film\nQuestion: Was that sentence positive or negative? Answer:",
+             "positive", None),
+    "trec": ("NUM:date When ?\nHUM:ind Who ?\n", 6, "Question: When ?\n\nDescriptors: Description, Entity, Abbreviation, Person, Quantity, "
+             "Location\n\nBest Descriptor?", "Quantity", None)}
 AMBIGUOUS = ("t-few-rte", "t-few-cb")
 
 
@@ -77,15 +78,18 @@ def test_a_file_of_each_format(name, tmp_path):
 
 def test_labels_are_the_publishers():
     """RTE: 0 entailment, 1 not; CB: 0 entailment, 1 contradiction, 2 neutral; COPA's label 1 is its second choice."""
-    words = {name: [FORMATS[f"t-few-{name}"].read({**NLI, "label": label})[0].completion for label in range(n)] for name, n in (("rte", 2), ("cb", 3))}
-    assert words == {"rte": ["Yes", "No"], "cb": ["Yes", "No", "Maybe"]}
-    assert [FORMATS["t-few-copa"].read({**CHOICE, "label": i, "question": "cause"})[0].completion for i in (0, 1)] == ["I got wet.", "I got rich."]
+    def word(name, row):
+        return FORMATS[name].read(row)[0].completion
+    assert [word("t-few-rte", {**NLI, "label": label}) for label in range(2)] == ["Yes", "No"]
+    assert [word("t-few-cb", {**NLI, "label": label}) for label in range(3)] == ["Yes", "No", "Maybe"]
+    assert [word("t-few-copa", {**CHOICE, "label": i, "question": "cause"}) for i in (0, 1)] == ["I got wet.", "I got rich."]
     assert [e.completion for e in FORMATS["trec"].read({"label": "ENTY:veh", "sentence": "What ?"})] == ["Entity"] * 3
 
 
 @pytest.mark.parametrize("written, example, right", [
     ("the correct answer is true", BOOLQ, True), ("true, not false", BOOLQ, True), ("false", BOOLQ, False), ("", BOOLQ, False),
-    ("7 + 1,000 = 1,007.", SUM, True), ("it is 1007.0004", SUM, True), ("1007 or 8", SUM, False), ("it is -1007", SUM, False), ("many", SUM, False),
+    ("7 + 1,000 = 1,007.", SUM, True), ("it is 1007.0004", SUM, True), ("1007 or 8", SUM, False), ("it is -1007", SUM, False),
+    ("many", SUM, False),
     ("B, or A", LETTER, True), ("A, or B", LETTER, False), ("none", LETTER, False),
     ("so The final answer is: 12", GSM, True), ("12 cows, so 13", GSM, False)])
 def test_what_counts_as_right(written, example, right):
@@ -100,13 +104,17 @@ def test_the_longest_choice_that_fits_is_the_one_that_was_written():
 
 
 BAD = [("commonsense", {**BOOLQ, "answer": "maybe"}, "'maybe' is unknown to this question: expected one of .*true"),
-       ("commonsense", {**BOOLQ, "instruction": "Is it?"}, "unknown to this question"), ("commonsense", {**BOOLQ, "instruction": 3}, "'instruction' is 3"),
+       ("commonsense", {**BOOLQ, "instruction": "Is it?"}, "unknown to this question"),
+       ("commonsense", {**BOOLQ, "instruction": 3}, "'instruction' is 3"),
        ("math", {**SUM, "answer": "F"}, "'answer' is 'F': a number, or a letter"), ("math", {**SUM, "output": " "}, "'output' is ' '"),
        ("alpaca", {**TALK, "output": None}, "'output' is None"), ("alpaca", {**TALK, "input": ["x"]}, "'input' is"),
-       ("gsm8k", {**GSM, "answer": "twelve"}, "a reasoning and '#### number'"), ("gsm8k", {**GSM, "answer": "so #### twelve"}, "#### number"),
-       ("t-few-rte", {**NLI, "label": 2}, "label 2 is unknown to this task: expected a number from 0 to 1"), ("t-few-cb", {**NLI, "label": 3}, "from 0 to 2"),
+       ("gsm8k", {**GSM, "answer": "twelve"}, "a reasoning and '#### number'"),
+       ("gsm8k", {**GSM, "answer": "so #### twelve"}, "#### number"),
+       ("t-few-rte", {**NLI, "label": 2}, "label 2 is unknown to this task: expected a number from 0 to 1"),
+       ("t-few-cb", {**NLI, "label": 3}, "from 0 to 2"),
        ("t-few-rte", {**NLI, "label": -1}, "label -1 is unknown"), ("t-few-rte", {**NLI, "label": True}, "label True"),
-       ("t-few-copa", {**CHOICE, "question": "reason"}, "expected 'cause' or 'effect'"), ("t-few-sst2", {**REVIEW, "label": "1"}, "label '1' is unknown"),
+       ("t-few-copa", {**CHOICE, "question": "reason"}, "expected 'cause' or 'effect'"),
+       ("t-few-sst2", {**REVIEW, "label": "1"}, "label '1' is unknown"),
        ("prompts", ["a"], "it is a list, not an object")]
 
 
@@ -125,10 +133,13 @@ def test_a_malformed_row_names_file_and_line_and_is_skipped_only_when_asked(name
 
 @pytest.mark.parametrize("name, content, words", [
     ("sst2", "1 good\n2 odd\n", "line 2: the label '2' is unknown to SST-2"), ("sst2", "1 good\n0\n", "line 2: 'sentence' is ''"),
-    ("trec", "NUM:date When ?\nNUM:dates When ?\n", "line 2: the label 'NUM:dates' is unknown to TREC"), ("trec", "FOO:date When ?", "'FOO:date' is unknown"),
-    (None, '[{"instruction": "a", "output": "b"},\n{"instruction": ', "line 2: no JSON from here on"), (None, '[{"instruction": "a", "output": "b"}', "no JSON"),
+    ("trec", "NUM:date When ?\nNUM:dates When ?\n", "line 2: the label 'NUM:dates' is unknown to TREC"),
+    ("trec", "FOO:date When ?", "'FOO:date' is unknown"),
+    (None, '[{"instruction": "a", "output": "b"},\n{"instruction": ', "line 2: no JSON from here on"),
+    (None, '[{"instruction": "a", "output": "b"}', "no JSON"),
     (None, '[{"instruction": "a", "output": "b"}\n, 3]', "line 2: it is a int, not an object"), (None, "[]", "holds no rows"),
-    (None, '{"text": "a"}', "which format. its rows have text. Name one of prompts, "), (None, "hello there", "which format. line 1 begins 'hello there'"),
+    (None, '{"text": "a"}', "which format. its rows have text. Name one of prompts, "),
+    (None, "hello there", "which format. line 1 begins 'hello there'"),
     ("bool", "[]", "there is no format 'bool'"), ("prompts", "1 good", "'completion' is None")])
 def test_what_is_wrong_with_a_file(name, content, words, tmp_path):
     path = tmp_path / "data"
@@ -153,7 +164,8 @@ def test_encodings(tmp_path):
     assert "São Paulo" in read_examples(tmp_path / "trec")[0].prompt
     (tmp_path / "alpaca").write_bytes(b"\xef\xbb\xbf" + as_list(TALK).encode())
     assert len(read_examples(tmp_path / "alpaca")) == 1
-    (tmp_path / "lines").write_bytes(as_lines(GSM).encode() + json.dumps({**GSM, "question": "caf\xe9"}, ensure_ascii=False).encode("latin-1"))
+    odd = json.dumps({**GSM, "question": "caf\xe9"}, ensure_ascii=False).encode("latin-1")
+    (tmp_path / "lines").write_bytes(as_lines(GSM).encode() + odd)
     with pytest.raises(ValueError, match="lines, line 2: .*utf-8"):
         read_examples(tmp_path / "lines")
 
@@ -179,7 +191,8 @@ class Writes:
 def test_evaluate_takes_the_formats_own_metric(monkeypatch):
     model, tokenizer = small.model(), Writes()
     said = {"w1": "so true", "w2": "so false", "w3": "true false", "w4": "nothing"}
-    monkeypatch.setattr("minireft.evaluation.generate_ids", lambda model, prompts, most, *_, **__: [tokenizer.encode(said[tokenizer.decode(p)]) for p in prompts])
+    monkeypatch.setattr("minireft.evaluation.generate_ids",
+                        lambda model, prompts, *_, **__: [tokenizer.encode(said[tokenizer.decode(p)]) for p in prompts])
     examples = [Example(prompt, "true", ("true", "false"), answer="true", format="commonsense") for prompt in said]
     scores = evaluate(model, tokenizer, examples)
     assert (scores.answer, scores.rank, scores.exact) == (0.5, None, None) and str(scores) == "answer 0.500 ± 0.250 on 4 examples"
@@ -190,7 +203,7 @@ def test_evaluate_takes_the_formats_own_metric(monkeypatch):
 
 def test_the_loss_of_instructions_is_the_mean_over_examples():
     model = small.model()
-    examples = [Example("w1 w2", "w3 w4 w5", format="alpaca"), Example("w3", "w1", format="alpaca"), Example("w7", "w7 w8", format="alpaca")]
+    examples = [Example(p, c, format="alpaca") for p, c in (("w1 w2", "w3 w4 w5"), ("w3", "w1"), ("w7", "w7 w8"))]
     scores = evaluate(model, model.tokenizer, examples)
     each = [evaluate(model, model.tokenizer, [e]).loss for e in examples]
     mean = sum(each) / 3

@@ -35,7 +35,8 @@ RTE = (('Given that {premise} Does it follow that "{hypothesis}"?', "Yes", "No")
        ('{premise} Does the previous passage support the claim that "{hypothesis}"?', "Yes", "No"),
        ("{premise} Based on the previous passage, is it true that {hypothesis}?", "Yes", "No"))
 CB = (("Given that {premise} Does it follow that {hypothesis}? Yes, no, or maybe?", "Yes", "No", "Maybe"),
-      ("Sentence 1: {premise}\nSentence 2: {hypothesis}\nQuestion: Does Sentence 1 entail Sentence 2? Yes, No, or Neutral?", "Yes", "No", "Neutral"),
+      ("Sentence 1: {premise}\nSentence 2: {hypothesis}\nQuestion: Does Sentence 1 entail Sentence 2? Yes, No, or Neutral?",
+       "Yes", "No", "Neutral"),
       ("{premise} Based on the previous passage, is it true that {hypothesis} Yes, no, or maybe?", "Yes", "No", "Maybe"),
       ("{premise}\nQuestion: {hypothesis}. True, False, or Neither?", "True", "False", "Neither"))
 COPA = ('"{choice1}" or "{choice2}"? {premise} {link}',
@@ -175,20 +176,22 @@ def named(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-LABELLED = {"rte": RTE, "cb": CB}
 FORMATS = {
     "prompts": Format(plain, None, named("prompt completion"), about='{"prompt": "some text", "completion": "some text"}'),
-    "commonsense": Format(commonsense, ("answer",), named("instruction output answer choose"), about="LLM-Adapters' JSON, an answer of a few",
-                          right=right_word, max_new_tokens=32),
-    "math": Format(math, ("answer",), named("instruction output answer"), named("choose"), "LLM-Adapters' JSON, a number or letter for an answer",
-                   right_result, 512),
+    "commonsense": Format(commonsense, ("answer",), named("instruction output answer choose"),
+                          about="LLM-Adapters' JSON, an answer of a few", right=right_word, max_new_tokens=32),
+    "math": Format(math, ("answer",), named("instruction output answer"), named("choose"),
+                   "LLM-Adapters' JSON, a number or letter for an answer", right_result, 512),
     "alpaca": Format(alpaca, ("loss",), named("instruction output"), named("answer"), "instruction, input (may be empty) and output"),
     "gsm8k": Format(gsm8k, ("answer",), named("question answer"), about="question, and an answer that ends in '#### number'",
                     right=right_result, max_new_tokens=256),
-    **{f"t-few-{name}": Format(partial(labelled, fields=("premise", "hypothesis"), templates=texts), ("rank",), named("premise hypothesis label"),
-                               about="premise, hypothesis, label") for name, texts in LABELLED.items()},
-    "t-few-copa": Format(copa, ("rank",), named("premise choice1 choice2 question label"), about="premise, choice1, choice2, question, label"),
-    "t-few-sst2": Format(partial(labelled, fields=("sentence",), templates=SST2), ("rank",), named("sentence label"), named("line"), "sentence, label"),
+    **{f"t-few-{name}": Format(partial(labelled, fields=("premise", "hypothesis"), templates=texts), ("rank",),
+                               named("premise hypothesis label"), about="premise, hypothesis, label")
+       for name, texts in (("rte", RTE), ("cb", CB))},
+    "t-few-copa": Format(copa, ("rank",), named("premise choice1 choice2 question label"),
+                         about="premise, choice1, choice2, question, label"),
+    "t-few-sst2": Format(partial(labelled, fields=("sentence",), templates=SST2), ("rank",), named("sentence label"), named("line"),
+                         "sentence, label"),
     "sst2": Format(sst2, ("rank",), named("line sentence label") | {"0 or 1"}, about="a line: label 0 or 1, a space, a sentence"),
     "trec": Format(trec, ("rank",), named("line sentence label") | {"A:b"}, about="a line: COARSE:fine label, a space, a question"),
 }
@@ -197,7 +200,8 @@ FORMATS = {
 def traits(row: dict) -> set[str]:
     """A row's names, and what else tells formats apart."""
     label = row["label"] if "line" in row else ""
-    found = {"choose": "Answer format:" in str(row.get("instruction")), "0 or 1": label in ("0", "1"), "A:b": bool(re.fullmatch("[A-Z]+:[a-z]+", label))}
+    found = {"choose": "Answer format:" in str(row.get("instruction")), "0 or 1": label in ("0", "1"),
+             "A:b": bool(re.fullmatch("[A-Z]+:[a-z]+", label))}
     return {*row, *(name for name, there in found.items() if there)}
 
 
@@ -287,7 +291,8 @@ def read(path, format: str | None = None, template: int | None = None, skip_bad_
             raise ValueError(f"template is {template}: {name} has {len(found)}, numbered from 0")
         examples += [replace(e, id=i, format=name) for e in (found if template is None else [found[template]])]
     if not examples:
-        raise ValueError(f"{path} holds no rows" + (f" that are good: {bad[0]}" if bad else f": expected {FORMATS[name].about} (format {name})"))
+        why = f" that are good: {bad[0]}" if bad else f": expected {FORMATS[name].about} (format {name})"
+        raise ValueError(f"{path} holds no rows{why}")
     return examples, bad
 
 
