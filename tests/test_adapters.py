@@ -12,7 +12,7 @@ import pytest
 import small
 import torch
 
-from minireft import (IA3, Bank, ConsReFT, DiReFT, LobiReFT, LoRA, LoReFT, NEFTune, NoReFT, SteeringVector, load_adapter)
+from minireft import (IA3, RED, Bank, Bottleneck, ConsReFT, DiReFT, DoRA, LobiReFT, LoRA, LoReFT, NEFTune, NoReFT, SteeringVector, load_adapter)
 from minireft.adapters.base import fingerprint, same_base
 from minireft.files import read_tensors, write_tensors
 
@@ -27,6 +27,10 @@ MAKERS = {                              # one of each kind, with no option at it
     "SteeringVector": lambda m: SteeringVector(m, torch.randn(2, 16), layers="0,1"),
     "IA3": lambda m: IA3(m, sites=("value", "ffn", "query", "ffn_output"), init_scale=0.1, layer_norm=True),
     "LoRA": lambda m: LoRA(m, rank=2, alpha=7, sites=("key", "up", "attention_output")),
+    "DoRA": lambda m: DoRA(m, rank=2, alpha=7, sites=("key", "up", "attention_output"), norm_gradient=True),
+    "Bottleneck": lambda m: Bottleneck(m, width=3, activation="tanh", scale=0.7),
+    "Bottleneck, parallel": lambda m: Bottleneck(m, width=3, form="parallel", activation="silu"),
+    "RED": lambda m: RED(m, site="output"),
     "NEFTune": lambda m: NEFTune(m, alpha=2.5, length="padded", distribution="gaussian", seed=3),
     "Bank": lambda m: Bank({"a": LoReFT(m, rank=2, positions="f1"), "b": LoReFT(m, rank=1, layers=2, positions="l2")}),
 }
@@ -43,6 +47,10 @@ IDENTITY = {
     "IA3": lambda m: IA3(m),
     "IA3 everywhere": lambda m: IA3(m, sites=("key", "value", "ffn", "query", "attention_output", "ffn_output"), layer_norm=True),
     "LoRA": lambda m: LoRA(m, sites="all"),
+    "DoRA": lambda m: DoRA(m, sites="all"),
+    "Bottleneck": lambda m: Bottleneck(m),
+    "Bottleneck, parallel": lambda m: Bottleneck(m, form="parallel"),
+    "RED": lambda m: RED(m),
     "NEFTune": lambda m: NEFTune(m, alpha=50.0),
     "Bank": lambda m: Bank({"a": LoReFT(m), "b": LoReFT(m, rank=2)}),
 }

@@ -71,6 +71,34 @@ def test_made_here_and_exported_there(tmp_path, name, make):
     assert difference <= TOLERANCE
 
 
+@pytest.mark.parametrize("name, settings, sites", (("llama", {}, ("query", "value")), ("qwen2", {"alpha": 3}, ("key", "ffn_output"))))
+def test_dora_beside_theirs(tmp_path, name, settings, sites):
+    """Their weights in ours: the same logits and, the norm a constant in both, the same gradients."""
+    model, mine = both(name, tmp_path / "base")
+    modules = {"query": "self_attn.q_proj", "key": "self_attn.k_proj", "value": "self_attn.v_proj", "ffn_output": "mlp.down_proj"}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=settings.get("alpha", 16), use_dora=True,
+                                                         target_modules=[modules[site].split(".")[1] for site in sites])).eval()
+    dora, generator = minireft.DoRA(mine, rank=3, sites=sites, **settings), torch.Generator().manual_seed(3)
+    theirs = {}
+    for site in sites:
+        for layer in range(mine.config.layers):
+            module = adapted.base_model.model.model.layers[layer].get_submodule(modules[site])
+            for part, p in (("a", module.lora_A["default"].weight), ("b", module.lora_B["default"].weight),
+                            ("m", module.lora_magnitude_vector["default"].weight)):
+                p.data += STD * torch.randn(p.shape, generator=generator)
+                dora.get_parameter(f"{site}_{part}").data[layer] = p.data
+                theirs[f"{site}_{part}", layer] = p
+    tokens, mask = prompts("left")
+    expected = their_logits(adapted, tokens, mask)
+    with dora:
+        logits = mine(tokens, mask)
+    assert (logits - expected)[mask].abs().max() <= TOLERANCE
+    logits[mask].sin().sum().backward()
+    expected[mask].sin().sum().backward()
+    for (key, layer), p in theirs.items():
+        torch.testing.assert_close(dora.get_parameter(key).grad[layer], p.grad, atol=1e-4, rtol=1e-3)
+
+
 def largest(differences) -> float:
     return max(float(d.detach().abs().max()) for d in differences)
 

@@ -14,14 +14,19 @@ from .bank import Bank
 from .base import Adapter, fingerprint, same_base
 from .ia3 import IA3
 from .lora import LoRA
+from .more.bottleneck import Bottleneck
 from .more.classifier import Classifier, labels_of
+from .more.dora import DoRA
 from .more.interchange import Interchange
+from .more.prefix_tuning import PrefixTuning
+from .more.prompt_tuning import PromptTuning
+from .more.red import RED
 from .neftune import NEFTune
 from .reft import DiReFT, LoReFT
 from .variants import ConsReFT, LobiReFT, NoReFT, SteeringVector
 
 KINDS = {kind.__name__: kind for kind in (LoReFT, DiReFT, NoReFT, ConsReFT, LobiReFT, SteeringVector, IA3, LoRA, NEFTune,
-                                          Bank, Interchange, Classifier)}
+                                          Bank, Interchange, Classifier, DoRA, PrefixTuning, PromptTuning, Bottleneck, RED)}
 
 
 def load_adapter(model, path, force: bool = False, **foreign) -> Adapter:

@@ -15,6 +15,7 @@ from .base import Adapter
 from .edits import Edit, PlainEdit, Prepared, by_site
 from .ia3 import IA3, scales
 from .lora import BesideEach, LoRA, linears
+from .more.dora import DoRA
 from .reft import ReFT
 
 
@@ -28,9 +29,10 @@ class Bank(Adapter):
         members = list(adapters.values())
         if not members:
             raise ValueError("the bank is empty: expected {task: adapter, ...}")
-        kind = next((kind for kind in (ReFT, IA3, LoRA) if all(isinstance(m, kind) for m in members)), None)
+        kind = next((kind for kind in (ReFT, IA3, LoRA) if all(isinstance(m, kind) and not isinstance(m, DoRA) for m in members)), None)
         if kind is None:
-            raise ValueError(f"a bank holds one kind of adapter: got {', '.join(sorted({type(m).__name__ for m in members}))}")
+            raise ValueError(f"a bank holds one kind of adapter: got {', '.join(sorted({type(m).__name__ for m in members}))}, "
+                             "expected ReFTs, (IA)³ or LoRA")
         for name, member in adapters.items():
             if member.model is not members[0].model:
                 raise ValueError(f"the adapter of {name!r} was made for another model object than the others")
