@@ -46,14 +46,15 @@ def load(path="base", device=None, dtype=None):
         raise ValueError(f"{folder / 'config.json'} has format {kind!r}: expected 'minireft base', or a model_type of Hugging Face's")
     with torch.device("meta"):
         model = Model(config)
-    tensors, _ = files.read_tensors(folder / "model.safetensors")
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}              # a shared weight under its first name
-    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    with files.opened(folder / "model.safetensors") as file:
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise ValueError(f"{folder / 'model.safetensors'} does not fit its config.json: {name} has shape {found.get(name)}, "
                              f"expected {expected.get(name)}")
-    model.load_state_dict({name: t.to(device or "cpu", dtype or torch.float32) for name, t in tensors.items()}, strict=False, assign=True)
+    for name in expected:
+        huggingface.fill(model, name, files.read_tensor(folder / "model.safetensors", name), device, dtype)
     model.tie()
     model.requires_grad_(False).eval()
     tokenizer = folder / "tokenizer.json"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -66,10 +67,23 @@ def write_tensors(path, tensors: dict[str, Tensor], metadata: dict[str, str] | N
 
 def read_tensors(path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file. FileNotFoundError; ValueError for one that is corrupt, cut off or foreign."""
+    with opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+
+
+def read_tensor(path, name: str) -> Tensor:
+    """One tensor of a safetensors file. What is mapped of a file stays in memory until it is closed, so big ones are opened anew."""
+    with opened(path) as file:
+        return file.get_tensor(name)
+
+
+@contextmanager
+def opened(path):
+    """A safetensors file, as `safe_open` gives it. FileNotFoundError; ValueError for one that is corrupt, cut off or foreign."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+            yield file
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is no whole safetensors file ({error}): it may be cut off; fetch or write it again") from error

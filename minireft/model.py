@@ -263,7 +263,7 @@ class Model(nn.Module):
                 nn.init.ones_(parameter)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
-            else:
+            elif not parameter.is_meta:                                   # there are no numbers there, and asking costs 70 MB of imports
                 residual = name.endswith(("attention.output.weight", "cross.output.weight", "ffn.down.weight"))
                 nn.init.normal_(parameter, std=0.02 / (math.sqrt(2 * self.config.layers) if residual else 1))
 

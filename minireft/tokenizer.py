@@ -12,6 +12,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 
+from . import files
+
 SPECIAL = ("<pad>", "<eos>", "<unk>")       # the first ids of a word-level vocabulary of ours
 # How published tokenizers name these tokens, asked in this order when no tokenizer_config.json stands beside the file.
 USUAL = {"bos": ("<s>", "<|begin_of_text|>", "[CLS]", "<bos>"),
@@ -60,11 +62,17 @@ class Tokenizer:
         beside = path.with_name("tokenizer_config.json")
         named = {}
         if beside.is_file():
-            config = json.loads(beside.read_text(encoding="utf-8"))
-            for role in USUAL:
-                if f"{role}_token" in config:                             # a string, an object with "content", or null
-                    token = config[f"{role}_token"]
-                    named[role] = token["content"] if isinstance(token, dict) else token
+            try:
+                config = json.loads(beside.read_text(encoding="utf-8"))
+                for role in USUAL:
+                    if f"{role}_token" in config:                         # a string, an object with "content", or null
+                        token = config[f"{role}_token"]
+                        named[role] = token["content"] if isinstance(token, dict) else token
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{beside} cannot be read ({error!r}): fetch it again") from error
+            for role, token in named.items():
+                if token is not None and inner.token_to_id(token) is None:
+                    raise ValueError(f"{beside} says that the {role}_token is {token!r}, which {path.name} does not have: fetch both again")
         return cls(inner, named)
 
     def encode(self, text: str) -> list[int]:
@@ -83,5 +91,10 @@ class Tokenizer:
         return self.inner.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def save(self, path: str | Path) -> None:
-        """Writes a tokenizer.json that `from_file`, and any program that uses `tokenizers`, can open."""
-        self.inner.save(str(path))
+        """Writes a tokenizer.json that `from_file`, and any program that uses `tokenizers`, can open; a tokenizer_config.json
+        beside it names the special tokens."""
+        names = {i: token for token, i in self.vocabulary.items()}
+        roles = {f"{role}_token": names.get(getattr(self, f"{role}_id")) for role in USUAL}
+        files.write_text(path, self.inner.to_str(pretty=True))
+        files.write_text(Path(path).with_name("tokenizer_config.json"),
+                         json.dumps({**roles, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "minireft"
 # Module → the modules of minireft that it may import. A new module finds its place here first.
 ARROWS = {
-    "files": "", "reference": "", "positions": "", "losses": "data", "config": "", "cache": "", "geometry": "config", "model": "cache config geometry", "data": "", "tokenizer": "",
+    "files": "", "reference": "", "positions": "", "losses": "data", "config": "", "cache": "", "geometry": "config", "model": "cache config geometry", "data": "", "tokenizer": "files",
     "ops": "reference",
     "formats": "config data files model tokenizer",
     "adapters": "files formats ops positions",
@@ -120,8 +120,8 @@ def test_line_budgets():
     commands = [path for path in own if path.stem in {*COMMANDS, "pretraining", "recipes"} and path.parent == PACKAGE]
     kernels = [PACKAGE / "ops.py", PACKAGE / "reference.py"]
     # 1,070 since the papers' recipes became a module of their own
-    # 3,000 since the encoder, the encoder–decoder, T-Few's losses and packing joined
-    parts = {"model, adapters, training, ...": 3000, "the kernels' Python half": 800, "commands and pre-training": 1070}
+    # 3,030 since a base's special tokens and weights are read with all checks, one tensor at a time
+    parts = {"model, adapters, training, ...": 3030, "the kernels' Python half": 800, "commands and pre-training": 1070}
     sizes = {"the kernels' Python half": sum(map(lines, kernels)), "commands and pre-training": sum(map(lines, commands))}
     sizes["model, adapters, training, ..."] = sum(map(lines, own)) - sum(sizes.values())
     for name, most in parts.items():

@@ -5,6 +5,8 @@ See:  the same configuration, tokenizer and logits from a folder as from the mod
 """
 
 import json
+import subprocess
+import sys
 
 import pytest
 import small
@@ -27,6 +29,26 @@ def test_a_folder_gives_the_model_back_to_the_bit(name, tmp_path):
     assert (loaded.head.weight is loaded.embed.weight) == model.config.tied
     tensors, _ = read_tensors(tmp_path / "base" / "model.safetensors")
     assert ("head.weight" in tensors) != model.config.tied                # a shared weight is stored once
+
+
+PEAK = """
+import sys, torch, minireft
+def status(name): return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))   # kB
+before = status("VmRSS")
+model, _ = minireft.load(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
+print((status("VmHWM") - before) * 1024 / sum(p.numel() * p.element_size() for p in model.parameters()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+def test_reading_takes_little_more_memory_than_the_model(tmp_path):
+    """Peak resident memory over what was there before, in units of the model: 2.2 where a file is read whole, or stays mapped."""
+    model = minireft.Model(minireft.ModelConfig(500, width=512, layers=12, heads=8, hidden=1408, context=64))      # 39 M parameters
+    save(model, None, tmp_path / "ours")
+    minireft.formats.huggingface.save(model, None, tmp_path / "theirs")
+    for folder, dtype in (("ours", "float32"), ("theirs", "bfloat16")):
+        out = subprocess.run([sys.executable, "-c", PEAK, tmp_path / folder, dtype], capture_output=True, text=True, check=True)
+        assert 1 < float(out.stdout) < 1.2, (folder, dtype)
 
 
 def test_stored_in_half_and_loaded_in_any_dtype(tmp_path):

@@ -11,10 +11,12 @@ import struct
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tokenizers import models
 
 import minireft
 import plain
@@ -269,6 +271,22 @@ def test_folders_that_are_not_whole(tmp_path):
         index["weight_map"][q] = next(file for file in index["weight_map"].values() if file != index["weight_map"][q])
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     refused("though the index says so", shards=3, after=swap)
+
+
+def test_a_folder_s_tokenizer_fits_its_model_and_ends_its_texts(tmp_path):
+    inner = tokenizers.Tokenizer(models.WordLevel({f"w{i}": i for i in range(29)}, unk_token="w0"))
+    write(tmp_path, LLAMA, tensors := llama_tensors(LLAMA))
+    inner.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="names no token that ends a text"):
+        minireft.load(tmp_path)
+    for end in (7, [7, 8]):                                               # config.json says it, too
+        write(tmp_path, {**LLAMA, "eos_token_id": end, "bos_token_id": 3}, tensors)
+        _, tokenizer = minireft.load(tmp_path)
+        assert (tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id) == (7, 3, None)
+    inner.add_tokens(["one more"])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="has 30 tokens, and config.json a vocabulary of 29"):
+        minireft.load(tmp_path)
 
 
 def test_weights_of_another_size_are_found_before_any_is_read(tmp_path, monkeypatch):

@@ -35,6 +35,17 @@ def test_it_writes_the_story_that_it_always_writes(stories):
     assert tokenizer.decode(ids).startswith(WRITES)
 
 
+def test_its_end_of_text_is_kept_in_every_form(stories, tmp_path):
+    """<s> ends its stories, which nobody could guess from the vocabulary: it has a </s> too."""
+    model, tokenizer = stories
+    minireft.save(model, tokenizer, tmp_path / "ours")
+    minireft.formats.huggingface.save(model, tokenizer, tmp_path / "theirs")
+    for folder in ("ours", "theirs"):
+        again = minireft.load(tmp_path / folder)[1]
+        assert (again.bos_id, again.eos_id, again.pad_id, again.mask_id) == (1, 1, tokenizer.pad_id, tokenizer.mask_id)
+        assert again.encode("Once upon a time") == tokenizer.encode("Once upon a time")
+
+
 def test_its_loss_on_real_stories(stories, data_folder):
     """60,000 characters, each line encoded apart and followed by the newline token, in windows of 511 led by BOS."""
     model, tokenizer = stories

@@ -55,6 +55,17 @@ def test_save_and_open(tmp_path):
             again.encode("wizard")
 
 
+def test_special_tokens_travel_with_the_file_and_must_be_in_it(tmp_path):
+    inner = tokenizers.Tokenizer(models.WordLevel({"</s>": 0, "<end>": 1, "a": 2}, unk_token="</s>"))
+    Tokenizer(inner, {"eos": "<end>", "bos": None}).save(tmp_path / "tokenizer.json")
+    assert Tokenizer.from_file(tmp_path).eos_id == 1 and Tokenizer(inner).eos_id == 0
+    for text, words in (('{"eos_token": "<stop>"}', "eos_token is '<stop>', which tokenizer.json does not have"), ("{", "cannot be read"),
+                        ('{"eos_token": {"text": "a"}}', "cannot be read")):
+        (tmp_path / "tokenizer_config.json").write_text(text)
+        with pytest.raises(ValueError, match=words):
+            Tokenizer.from_file(tmp_path)
+
+
 def test_words_given_twice_are_refused():
     with pytest.raises(ValueError, match="dog.* more than once"):
         Tokenizer.from_words(["dog", "cat", "dog"])

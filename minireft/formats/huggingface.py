@@ -7,13 +7,11 @@ See:  the logits that transformers computes; a setting that would change them an
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .. import files
@@ -95,13 +93,22 @@ def sliding_window(kind: str, settings: dict) -> int | None:
 
 # ---------------------------------------------------------------------------------------------------------------- reading
 
-@contextmanager
-def opened(path: Path):
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is no whole safetensors file ({error}): it may be cut off; fetch it again") from error
+def read_tokenizer(folder: Path, settings: dict, config: ModelConfig) -> Tokenizer | None:
+    """The folder's tokenizer, or None; where it names no special tokens, config.json's ids count. ValueError where it does not
+    fit the model, or a model that writes text has no token to end it."""
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    tokenizer = Tokenizer.from_file(folder)
+    for role in ("bos", "eos", "pad"):
+        ids = settings.get(f"{role}_token_id")
+        if getattr(tokenizer, f"{role}_id") is None:                      # Llama 3 has several ends of text: the first is it
+            setattr(tokenizer, f"{role}_id", ids[0] if isinstance(ids, list) and ids else ids if isinstance(ids, int) else None)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"{folder / 'tokenizer.json'} has {tokenizer.vocab_size} tokens, and config.json a vocabulary of "
+                         f"{config.vocab_size}: they are not of one model; fetch both again")
+    if tokenizer.eos_id is None and config.architecture != "encoder":
+        raise ValueError(f"{folder} names no token that ends a text: write its \"eos_token\" into tokenizer_config.json")
+    return tokenizer
 
 
 def find_tensors(folder: Path) -> dict[str, Path]:
@@ -117,7 +124,7 @@ def find_tensors(folder: Path) -> dict[str, Path]:
             raise FileNotFoundError(f"{folder} lacks {', '.join(missing)} of its shards: fetch them")
         return where
     if single.is_file():
-        with opened(single) as file:
+        with files.opened(single) as file:
             return dict.fromkeys(file.keys(), single)
     if any(folder.glob("pytorch_model*.bin")):
         raise ValueError(f"{folder} holds pickled weights only (pytorch_model.bin), and reading those can run code: "
@@ -148,7 +155,7 @@ def plan(folder: Path, family: Family, model: Model, where: dict[str, Path]) -> 
     for name, row in wanted.items():
         todo.setdefault(where[name], {})[name] = row
     for path, named in todo.items():
-        with opened(path) as file:
+        with files.opened(path) as file:
             for name, row in named.items():
                 if name not in file.keys():
                     raise ValueError(f"{path} does not hold {name}, though the index says so: fetch both again")
@@ -182,6 +189,7 @@ def load(folder, settings: dict, device=None, dtype=None):
     folder = Path(folder)
     family, config = read_config(settings, folder / "config.json")
     where, added = find_tensors(folder), {}
+    tokenizer = read_tokenizer(folder, settings, config)
     headed = any(name.startswith(HEADS) for name in where)                # the files know best which head there is
     if config.masked_head and not headed:                                 # an encoder's body alone
         config = replace(config, masked_head=False)
@@ -190,22 +198,21 @@ def load(folder, settings: dict, device=None, dtype=None):
     with torch.device("meta"):
         model = Model(config)
     for path, named in plan(folder, family, model, where).items():
-        with opened(path) as file:
-            for name, row in named.items():
-                whole = file.get_tensor(name)[row.skip :]
-                if row.added:                                             # to what another row fills: when all is there
-                    added[row.ours[0]] = whole[0]
-                    continue
-                whole = whole.T if row.transposed else whole
-                whole = whole * row.scale(config, settings) if row.scale else whole
-                sizes = [model.get_parameter(ours).shape[0] for ours in row.ours]
-                for ours, part in zip(row.ours, whole.split(sizes)):
-                    fill(model, ours, part, device, dtype)
+        for name, row in named.items():
+            whole = files.read_tensor(path, name)[row.skip :]
+            if row.added:                                                 # to what another row fills: when all is there
+                added[row.ours[0]] = whole[0]
+                continue
+            whole = whole.T if row.transposed else whole
+            whole = whole * row.scale(config, settings) if row.scale else whole
+            sizes = [model.get_parameter(ours).shape[0] for ours in row.ours]
+            for ours, part in zip(row.ours, whole.split(sizes)):
+                fill(model, ours, part, device, dtype)
     for ours, row in added.items():
         model.get_parameter(ours).add_(row.to(device or "cpu"))
     model.tie()
     model.requires_grad_(False).eval()
-    model.tokenizer = Tokenizer.from_file(folder) if (folder / "tokenizer.json").is_file() else None
+    model.tokenizer = tokenizer
     return model, model.tokenizer
 
 
@@ -268,7 +275,3 @@ def save(model: Model, tokenizer, path, dtype=None) -> None:
     files.write_text(folder / "config.json", json.dumps(settings, indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save(folder / "tokenizer.json")
-        names = {i: token for token, i in tokenizer.vocabulary.items()}
-        named = {f"{role}_token": names.get(getattr(tokenizer, f"{role}_id")) for role in ("bos", "eos", "pad")}
-        named["tokenizer_class"] = "PreTrainedTokenizerFast"
-        files.write_text(folder / "tokenizer_config.json", json.dumps(named, indent=2) + "\n")
