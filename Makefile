@@ -5,7 +5,8 @@
 #   make test-all     all of them
 #   make peers-pyreft hold imports, exports and logits against pyreft, in an environment of its own
 #   make tutorials    run every tutorial and render its page
-#   make bench        measure the kernels        make gpu     build the CUDA kernels and test them on this GPU
+#   make bench        measure kernels, training and generation; write README's tables and pictures (15 minutes)
+#   make gpu          build the CUDA kernels, test, check and measure them on this GPU, offline (8 minutes; 20 on a consumer one)
 #   make clean        remove what was built, and .venv
 #
 # make demo PYTHON=/path/to/python uses that environment, which has torch, and leaves .venv alone.
@@ -42,10 +43,10 @@ tutorials: kernels
 	$(PYTHON) tutorials/make.py
 
 bench: kernels
-	$(PYTHON) -m minireft bench
+	$(PYTHON) -m minireft bench all
 
-gpu: kernels
-	PYTHON=$(PYTHON) sh benchmarks/gpu.sh
+gpu: $(INSTALLED:given=)
+	$(PYTHON) benchmarks/gpu.py
 
 # Built in place, file by file as they change. Without a compiler everything runs on plain PyTorch.
 kernels: $(INSTALLED)

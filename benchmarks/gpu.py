@@ -1,243 +1,233 @@
-"""Measures the kernels on this machine's GPU, beside plain PyTorch, and against what the emulator's counts predicted.
-Run: python benchmarks/gpu.py [--write]    or --suite: each operation once, small, for compute-sanitizer to watch
-You should see one line a shape: median microseconds, the share of this GPU's copy bandwidth, and predicted / measured.
+"""What only a GPU can say, in one command, offline: build, property tests, checkers, times, and the emulator's predictions held to them.
+Run: make gpu   or   python benchmarks/gpu.py [--minutes 8]      (needs torch, numpy, ninja, pytest, hypothesis, tokenizers, safetensors)
+You should see each stage end with ok, a line for each shape, and a summary; results/gpu.jsonl and gpu_checks.json are written.
 
-Written on a machine without a GPU; it has never run on one yet.  Nothing is timed that was not first compared with
-float64; more than 100 % of the measured copy bandwidth is a failure of the benchmark, not a success of the kernel.
+A stage that fails or runs out of its time does not stop the next; the exit status says whether all were well. The times
+have 8 minutes on a data-centre GPU; give a consumer one --minutes 20.  --device cpu goes through the same stages and the
+same code without a GPU and writes nothing: whether it runs, not how fast.
+Written on machines without a GPU: README.md says whether it has run on one yet.
 """
 
+from __future__ import annotations
+
 import argparse
-import datetime
+import importlib.util
 import json
+import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from benchmarks.profile_kernel import profile  # noqa: E402
-from minireft import ops, reference  # noqa: E402
-
-NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-GRID = [
-    (kernel, N, C, r, dtype)
-    for kernel, shapes in {
-        "low_rank_edit": [(448, 4096, 8), (4096, 4096, 8), (16384, 4096, 8), (16384, 1024, 4), (8192, 4096, 32)],
-        "scale": [(448, 4096, 0), (16384, 4096, 0)],
-        "gelu_scale": [(16384, 4096, 0)],
-        "swiglu_scale": [(16384, 4096, 0)],
-        "noisy_embedding": [(16384, 4096, 0)],
-    }.items()
-    for N, C, r in shapes
-    for dtype in ("bf16", "fp32")
-]
-PREDICTED_ROWS = 4096  # the emulator counts at most so many rows; bytes beyond grow with the rows
+sys.path.insert(0, str(ROOT))                                             # so that it also runs as a file
+NEEDS = ("torch", "numpy", "ninja", "pytest", "hypothesis", "tokenizers", "safetensors")
+CHECKERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+PREDICTED_ROWS = 256                    # what the emulator counts; bytes and arithmetic beyond grow with the rows
 
 
-# ---- operations: (inputs, {provider: function}, the formula in float64) ---------------------------------------------
+# ---- the stages --------------------------------------------------------------------------------------------------------------
 
 
-def inputs_of(kernel: str, N: int, C: int, r: int, dtype: torch.dtype) -> tuple[list, dict]:
-    def draw(*shape, scale=1.0, to=dtype):
-        return (torch.randn(*shape, device="cuda") * scale).to(to)
-
-    wide = torch.float32
-    if kernel == "low_rank_edit":
-        return [draw(N, C), draw(r, C, scale=C**-0.5, to=wide), draw(r, C, scale=C**-0.5, to=wide), draw(r, to=wide)], {
-            "eager": lambda h, D, A, b: torch.addmm(h, torch.addmm(b.to(h), h, D.to(h).T), A.to(h)),
-            "ours": ops.low_rank_edit,
-            "exact": reference.low_rank_edit,
-        }
-    if kernel == "noisy_embedding":
-        ids, seed = torch.randint(0, 32000, (N // 64, 64), device="cuda"), torch.tensor([1, 2], device="cuda")
-        return [draw(32000, C)], {
-            "eager": lambda w: (
-                F.embedding(ids, w)
-                + torch.empty(*ids.shape, C, device="cuda", dtype=dtype).uniform_(-1, 1) * (5 / (64 * C) ** 0.5)
-            ),
-            "ours": lambda w: ops.noisy_embedding(ids, w, 5.0, seed),
-            "exact": lambda w: reference.noisy_embedding(ids, w, 5.0, seed),
-        }
-    eager = {
-        "scale": lambda x, l: x * l.to(x),
-        "gelu_scale": lambda u, l: F.gelu(u) * l.to(u),
-        "swiglu_scale": lambda g, u, l: F.silu(g) * u * l.to(g),
-    }[kernel]
-    return [*(draw(N, C) for _ in range(1 + (kernel == "swiglu_scale"))), draw(C, to=wide)], {
-        "eager": eager,
-        "ours": getattr(ops, kernel),
-        "exact": getattr(reference, kernel),
-    }
+def stages(device: str, minutes: float) -> list[tuple]:
+    """(name, seconds it may take, command, more environment); the times take what the others leave."""
+    python, me, part = sys.executable, str(Path(__file__)), minutes / 8
+    cuda = device.startswith("cuda")
+    found = [("build", 100 * part, [python, "setup.py", "-q", "build_ext", "--inplace"], {"MINIREFT_CUDA": "1"} if cuda else {}),
+             ("property tests", 120 * part, [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_ops.py"]
+              + (["-m", "gpu"] if cuda else ["-m", "not gpu and not emulator", "-k", "exact and scale"]), {})]
+    suite = [python, me, "--suite", "--device", device]
+    if cuda and shutil.which("compute-sanitizer"):
+        for tool in CHECKERS:
+            found.append((tool, 35 * part, ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *suite], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
+    else:
+        found.append(("every kernel once", 60 * part, suite, {}))         # without a checker; the summary says so
+    return found
 
 
-def run(function, inputs: list, g: torch.Tensor | None):
-    """The result, or with g the gradients (forward and backward)."""
-    out = function(*inputs)
-    return (out,) if g is None else torch.autograd.grad(out, inputs, g)
+def stage(name: str, limit: float, command: list[str], environment: dict) -> str:
+    """Runs one; what became of it."""
+    print(f"\n== {name}: {' '.join(command)}", flush=True)
+    began = time.monotonic()
+    try:
+        status = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, timeout=limit).returncode
+        outcome = "ok" if status == 0 else f"FAILED with status {status}"
+    except subprocess.TimeoutExpired:
+        outcome = f"STOPPED after its {limit:.0f} s"
+    outcome += f", {time.monotonic() - began:.0f} s"
+    print(f"== {name}: {outcome}", flush=True)
+    return outcome
 
 
-def check(kernel: str, providers: dict, inputs: list, g: torch.Tensor | None) -> None:
-    """Ours against float64: finite, and at most twice eager's error, or one rounding of the result and one of the terms
-    summed (the formula on absolute values)."""
-
-    def exactly(change):
-        wide = [change(x.detach().double()).requires_grad_(g is not None) for x in inputs]
-        return run(providers["exact"], wide, None if g is None else change(g.double()))
-
-    ours, exact, terms = run(providers["ours"], inputs, g), exactly(lambda x: x), exactly(torch.abs)
-    eager = exact if kernel == "noisy_embedding" else run(providers["eager"], inputs, g)  # eager's noise is another
-    for mine, right, theirs, term in zip(ours, exact, eager, terms):
-        rounding = torch.finfo(mine.dtype).eps * right.norm() + torch.finfo(torch.float32).eps * term.norm()
-        error, budget = (mine.double() - right).norm(), 2 * (theirs.double() - right).norm() + rounding
-        if not error <= budget:
-            raise SystemExit(f"{kernel}: error {error:.3g}, allowed {budget:.3g}; not timed")
-
-
-def microseconds(function, repeats: int = 30) -> list[float]:
-    """20th, 50th and 80th percentile of single runs, by device events, after a warm-up; other memory is written between
-    them, so that no input is left in L2."""
-    flush = torch.empty(64 << 20, device="cuda")
-    for _ in range(3):
-        function()
-    times = []
-    for _ in range(repeats):
-        flush.normal_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * start.elapsed_time(end))
-    return torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+def everything(device: str, minutes: float) -> int:
+    """All stages, and a summary; 0 when all were well."""
+    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SystemExit(f"make gpu: this environment lacks {', '.join(missing)}: {sys.executable} -m pip install {' '.join(missing)}")
+    if device.startswith("cuda") and not subprocess_says("import torch; print(torch.cuda.is_available())") == "True":
+        raise SystemExit("make gpu: this torch sees no GPU (python -c 'import torch; print(torch.cuda.is_available())' says False); "
+                         "python benchmarks/gpu.py --device cpu shows what it would do")
+    began, outcomes = time.monotonic(), {}
+    for name, *what in stages(device, minutes):
+        outcomes[name] = stage(name, *what)
+    for name in CHECKERS:
+        outcomes.setdefault(name, "NOT RUN: no compute-sanitizer here")
+    rest = 60 * minutes - (time.monotonic() - began)
+    for name, share in (("times", 0.75), ("predictions", 0.2)):
+        outcomes[name] = stage(name, max(60, share * rest) + 30, [
+            sys.executable, str(Path(__file__)), f"--{name}", "--device", device, "--budget", f"{max(30, share * rest):.0f}"], {})
+    print(f"\n{'':4}{'stage':20}outcome, {(time.monotonic() - began) / 60:.1f} minutes in all")
+    for name, outcome in outcomes.items():
+        print(f"{'':4}{name:20}{outcome}")
+    if device.startswith("cuda"):
+        from benchmarks import harness
+        (harness.RESULTS / "gpu_checks.json").write_text(json.dumps({**harness.machine(device), "stages": outcomes}, indent=1) + "\n")
+    return int(any(not outcome.startswith("ok") for outcome in outcomes.values()))
 
 
-def this_gpu() -> dict:
-    """What predict() needs of this machine, measured: GB/s of a copy, TFLOP/s of matrix products; the size of L2."""
-    x = torch.randn(256 << 20, device="cuda")
-    y = torch.empty_like(x)
-    bandwidth = 2 * x.nbytes / microseconds(lambda: y.copy_(x))[1] / 1e3
-    rates = {}
-    for name, dtype, n in (("float32", torch.float32, 4096), ("tensor", torch.bfloat16, 8192)):
-        a = torch.randn(n, n, device="cuda", dtype=dtype)
-        rates[name] = 2 * n**3 / microseconds(lambda: a @ a, 10)[1] / 1e6
-    properties = torch.cuda.get_device_properties(0)
-    return dict(name=properties.name, bandwidth=bandwidth, l2=max(1, properties.L2_cache_size >> 20), **rates)
+def subprocess_says(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
 
 
-def measure(gpu: dict) -> list[dict]:
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
-    rows = []
-    for kernel, N, C, r, dtype in GRID:
-        torch.manual_seed(0)
-        inputs, providers = inputs_of(kernel, N, C, r, NAMES[dtype])
-        predicted, least = 0.0, 0
-        for backward in (False, True):
-            inputs = [x.detach().requires_grad_(backward) for x in inputs]
-            with torch.set_grad_enabled(backward):
-                g = torch.randn_like(providers["ours"](*inputs)) if backward else None
-                check(kernel, providers, inputs, g)
-                times = {
-                    name: microseconds(lambda f=f: run(f, inputs, g))
-                    for name, f in providers.items()
-                    if name != "exact"
-                }
-            counted = profile(
-                kernel, min(N, PREDICTED_ROWS), C, max(r, 1), dtype, backward=backward, gpus={"here": gpu}
-            )
-            more = max(1.0, N / PREDICTED_ROWS)
-            predicted += counted["predicted_us"]["here"]["total"] * more
-            least += counted["least_bytes"] * more
-            share = least / times["ours"][1] / 1e3 / gpu["bandwidth"]
-            if share > 1 and least > 4 * gpu["l2"] << 20:
-                raise SystemExit(
-                    f"{kernel} {N, C, r}: {share:.0%} of the copy bandwidth is impossible: the benchmark is wrong"
-                )
-            rows.append(
-                dict(
-                    device=gpu["name"],
-                    torch=torch.__version__,
-                    date=datetime.date.today().isoformat(),
-                    commit=commit,
-                    kernel=kernel,
-                    dtype=dtype,
-                    N=N,
-                    C=C,
-                    r=r,
-                    backward=backward,
-                    microseconds={k: [round(x, 2) for x in t] for k, t in times.items()},
-                    bandwidth_share=round(share, 3),
-                    predicted_us=round(predicted, 2),
-                )
-            )
-            print(
-                f"{kernel:16} {dtype} N {N:6} C {C:5} r {r:3} {'fwd+bwd' if backward else 'fwd    '}  "
-                f"ours {times['ours'][1]:9.1f} µs  "
-                f"eager {times['eager'][1]:9.1f} µs  {share:6.1%} of copy bandwidth  "
-                f"predicted/measured {predicted / times['ours'][1]:.2f}",
-                flush=True,
-            )
-    return rows
+# ---- for the checkers to watch --------------------------------------------------------------------------------------------------
 
 
-def suite() -> None:
+def suite(device: str) -> None:
     """Every kernel once: scalar, vectors, tensor cores, positions, banks, activations, noise; forward and backward."""
+    import torch
+
+    from minireft import ops
     for dtype in (torch.float32, torch.bfloat16):
         for C, r in ((64, 4), (33, 3), (136, 20)):
-            h = torch.randn(3, 7, C, device="cuda", dtype=dtype, requires_grad=True)
-            D, A = (torch.randn(2, r, C, device="cuda", requires_grad=True) for _ in range(2))
-            b, l = (
-                torch.randn(2, r, device="cuda", requires_grad=True),
-                torch.randn(2, C, device="cuda", requires_grad=True),
-            )
-            positions = torch.tensor([[0, 3, -1], [6, 1, 2], [5, 4, -1]], device="cuda")
-            tasks = torch.tensor([1, -1, 0], device="cuda")
-            ids = torch.randint(0, 11, (3, 7), device="cuda")
-            weight = torch.randn(11, C, device="cuda", dtype=dtype, requires_grad=True)
+            h = torch.randn(3, 7, C, device=device, dtype=dtype, requires_grad=True)
+            D, A = (torch.randn(2, r, C, device=device, requires_grad=True) for _ in range(2))
+            b, l = (torch.randn(2, n, device=device, requires_grad=True) for n in (r, C))
+            positions = torch.tensor([[0, 3, -1], [6, 1, 2], [5, 4, -1]], device=device)
+            tasks, ids = torch.tensor([1, -1, 0], device=device), torch.randint(0, 11, (3, 7), device=device)
+            weight = torch.randn(11, C, device=device, dtype=dtype, requires_grad=True)
             results = [
-                ops.low_rank_edit(h, D[0], A[0], b[0]),
-                ops.low_rank_edit_at(h, positions, D[0], A[0], b[0]),
-                ops.low_rank_edit_at(h, positions, D, A, b, tasks),
-                ops.scale(h, l[0]),
-                ops.scale(h, l, tasks),
-                *ops.scale_pair(h, h, l[0], l[1]),
-                ops.gelu_scale(h, l[0]),
-                ops.gelu_scale(h, l[0], approximate="tanh"),
-                ops.swiglu_scale(h, h, l, tasks),
-                ops.noisy_embedding(ids, weight, 5.0, torch.tensor([1, 2], device="cuda")),
-            ]
-            torch.autograd.grad(sum(x.float().sum() for x in results), [h, D, A, b, l, weight])
-    torch.cuda.synchronize()
+                ops.low_rank_edit(h, D[0], A[0], b[0]), ops.low_rank_edit_at(h, positions, D[0], A[0], b[0]),
+                ops.low_rank_edit_at(h, positions, D, A, b, tasks), ops.low_rank_edit_at_(h * 1, positions, D, A, b, tasks),
+                ops.scale(h, l[0]), ops.scale(h, l, tasks), *ops.scale_pair(h, h, l[0], l[1]), ops.gelu_scale(h, l[0]),
+                ops.gelu_scale(h, l[0], approximate="tanh"), ops.swiglu_scale(h, h, l, tasks),
+                ops.noisy_embedding(ids, weight, 5.0, torch.tensor([1, 2], device=device))]
+            gradients = torch.autograd.grad(sum(x.float().sum() for x in results), [h, D, A, b, l, weight])
+            if not all(x.isfinite().all() for x in (*results, *gradients)):
+                raise SystemExit(f"a result at C {C}, r {r}, {dtype} is not finite")
     print("every kernel ran")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--suite", action="store_true", help="only run each kernel once, small")
-    parser.add_argument("--write", action="store_true", help="append the rows to results/gpu.jsonl")
-    options = parser.parse_args()
-    if not ops.backends()["cuda"]:
-        raise SystemExit(
-            "benchmarks/gpu.py needs a GPU and the CUDA kernels: MINIREFT_CUDA=1 python setup.py build_ext --inplace"
-        )
+# ---- times --------------------------------------------------------------------------------------------------------------------------
+
+
+def grid(small: bool) -> list[tuple]:
+    """(op, shape, cold, torch.compile too), what matters most first; small: to go through the code on a CPU."""
+    import torch
+
+    from benchmarks.kernels import POSITIONS, SEQUENCES, Shape
+    real, rows = SEQUENCES * POSITIONS, []
+    if small:
+        return [("low_rank_edit_at_", Shape(28, 64, 8), False, False), ("scale", Shape(64, 64), True, False)]
+    for dtype in (torch.bfloat16, torch.float32):
+        half = dtype is torch.bfloat16
+        rows += [("low_rank_edit_at_", Shape(real, C, r, 0, dtype), False, half and r == 8) for C in (4096, 1024, 8192) for r in (8, 1, 32)]
+        rows += [("low_rank_edit", Shape(16384, 4096, r, 0, dtype), True, half and r == 8) for r in (8, 1, 2, 4, 16, 32, 64)]
+        rows += [(op, Shape(16384, 4096, 0, 0, dtype), True, half) for op in ("scale", "gelu_scale", "swiglu_scale", "noisy_embedding")]
+        rows += [("low_rank_edit", Shape(N, 4096, 8, 0, dtype), True, False) for N in (64, real, 2048, 65536)]
+        rows += [("low_rank_edit", Shape((1 << 26) // C, C, 8, 0, dtype), True, False) for C in (256, 512, 1024, 2048, 8192)]
+        rows += [("low_rank_edit_at_", Shape(64 * POSITIONS, 4096, 8, K, dtype), False, False) for K in (1, 64, 8)]
+        rows += [("scale", Shape(64 * POSITIONS, 4096, 0, K, dtype), False, False) for K in (1, 64)]
+    rows += [(op, Shape(s.N, s.C, s.r, s.tasks, torch.float16), cold, False) for op, s, cold, compiled in rows if compiled]
+    return rows
+
+
+def times(device: str, budget: float) -> None:
+    """Measures row after row until the budget is spent; keeps them at every step."""
+    from benchmarks import harness, kernels
+    began, cuda = time.monotonic(), device.startswith("cuda")
+    clock, rows, todo = harness.Clock(device), grid(not cuda), 0
+    limits = harness.ceilings(clock, sorted({s.dtype for _, s, *_ in rows}, key=str))
+    print(f"{harness.machine(device)['device']}: measured {limits}", flush=True)
+    compiles = importlib.util.find_spec("triton") is not None and cuda
+    for op, shape, cold, compile in rows:
+        if time.monotonic() - began > budget:
+            todo += 1
+            continue
+        for which in kernels.PASSES:
+            row = kernels.measure(op, shape, which, clock, limits, 0.1, cold, compile and compiles)
+            found = row["providers"]["ours"]
+            print(f"{kernels.line(row)}   {row['bytes'] / found['us'][1] / 1e3 / limits['copy']:.0%} of the copy bandwidth, "
+                  f"{found['launches']} launches" + (f", {found['graph_us'][1]:.1f} µs in a graph" if "graph_us" in found else ""), flush=True)
+            if cuda:
+                harness.write([row], harness.RESULTS / "gpu.jsonl")
+    print(f"{todo} of {len(rows)} shapes left out: the time was up" if todo else f"all {len(rows)} shapes measured")
+
+
+# ---- predictions -----------------------------------------------------------------------------------------------------------------------
+
+
+def predictions(device: str, budget: float) -> None:
+    """What the emulator's counts said beforehand of the rows just measured, with this GPU's own bandwidth and rates."""
+    from benchmarks import harness, kernels
+    from benchmarks.emulator import Emulator
+    began, path = time.monotonic(), harness.RESULTS / "gpu.jsonl"
+    if device.startswith("cuda"):
+        here, rows = harness.machine(device), harness.read(path) if path.exists() else []
+    else:
+        here = harness.machine(device)
+        clock = harness.Clock(device)
+        rows = [kernels.measure(op, shape, "forward", clock, harness.ceilings(clock, [shape.dtype]), 0, cold, False) for op, shape, cold, _ in grid(True)]
+    emulator, done = Emulator(), []
+    for row in rows:
+        if row["device"] == here["device"] and row["commit"] == here["commit"] and not row["tasks"] and row["pass"] != "both" \
+                and time.monotonic() - began < budget:
+            row["predicted_us"] = round(predicted(row, emulator), 2)
+            done.append(row)
+            print(f"{row['op']:18}{row['pass']:9}{row['dtype']:9}N {row['N']:<6}C {row['C']:<5}r {row['r']:<3} predicted {row['predicted_us']:8.1f} µs, "
+                  f"measured {row['providers']['ours']['us'][1]:8.1f}, {row['predicted_us'] / row['providers']['ours']['us'][1]:.2f}", flush=True)
+    if device.startswith("cuda"):
+        harness.write(done, path)
+    print(f"{len(done)} rows predicted")
+
+
+def predicted(row: dict, emulator) -> float:
+    """Microseconds: the counts of a few rows, carried to all of them; memory by the share of bytes that is more than the least."""
+    from benchmarks import profile_kernel
+    short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[row["dtype"]]
+    N = min(row["N"], PREDICTED_ROWS)
+    limits = row["ceilings"]
+    gpu = {"bandwidth": limits["copy"], "l2": profile_kernel.SMALLEST_L2 >> 20, "float32": limits["matmul"].get("float32", 1e9) / 1e3,
+           "tensor": limits["matmul"][row["dtype"]] / 1e3}
+    counted = profile_kernel.profile(row["op"].removesuffix("_"), N, row["C"], max(row["r"], 1), short, backward=row["pass"] == "backward",
+                                     emulator=emulator, gpus={"here": gpu})
+    parts, more = counted["predicted_us"]["here"], row["N"] / N
+    memory = row["bytes"] * counted["bytes"] / counted["least_bytes"] / limits["copy"] / 1e3
+    return max(memory, more * parts["float32"], more * parts["tensor"]) + parts["launch"]
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="make gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=8, help="for everything (default %(default)s); a consumer GPU takes 20")
+    parser.add_argument("--device", default="cuda", help="cuda (default), or cpu to go through the code")
+    parser.add_argument("--suite", action="store_true", help="only run every kernel once, small")
+    parser.add_argument("--times", action="store_true", help="only measure")
+    parser.add_argument("--predictions", action="store_true", help="only hold the emulator's predictions to what was measured")
+    parser.add_argument("--budget", type=float, default=150, help="seconds for --times or --predictions (default %(default)s)")
+    options = parser.parse_args(argv)
+    if not (options.suite or options.times or options.predictions):
+        return everything(options.device, options.minutes)
+    from minireft import ops
+    if options.device.startswith("cuda") and not ops.backends()["cuda"]:
+        raise SystemExit("this needs a GPU and the CUDA kernels: MINIREFT_CUDA=1 python setup.py build_ext --inplace")
     if options.suite:
-        return suite()
-    gpu = this_gpu()
-    print(
-        f"{gpu['name']}: copy {gpu['bandwidth']:.0f} GB/s, L2 {gpu['l2']} MB, "
-        f"float32 {gpu['float32']:.0f} and bf16 {gpu['tensor']:.0f} TFLOP/s, measured"
-    )
-    rows = measure(gpu)
-    if options.write:
-        folder = Path(__file__).parent / "results"
-        folder.mkdir(exist_ok=True)
-        with open(folder / "gpu.jsonl", "a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        suite(options.device)
+    if options.times:
+        times(options.device, options.budget)
+    if options.predictions:
+        predictions(options.device, options.budget)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

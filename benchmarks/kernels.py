@@ -1,153 +1,448 @@
-"""Times the kernels on this machine's CPU, one thread, beside the plain PyTorch they replace, in one interleaved run.
-Run: python benchmarks/kernels.py [--op low_rank_edit] [--dtype float32] [--write]     (--write appends to results/kernels.jsonl)
-You should see one line a shape: milliseconds of each provider and how many times faster ours is than well-written eager.
+"""Times every operation beside the same formula in plain PyTorch, as it is usually written and written well, and compiled.
+Run: minireft bench kernels [--op low_rank_edit] [--dtype float32] [--write]        (--full: hours; --write: results/kernels.jsonl)
+You should see one line a row: microseconds of each provider, the share of what this machine's memory can do, and the gain.
 
-Every result is compared with the eager one before it is timed, and must be finite. Inputs are never zeros. Times are medians
-of processor time over rounds in which the providers take turns, so that a busy machine slows them alike; and percentiles.
+ceiling    memory that is read and written as much as the formula must, and nothing computed
+common     as it is usually written: LoReFT with R from an orthogonal parametrization, read three times (up to 1,024 rows: what
+           costs is the parametrization); and one task after another
+eager      the fewest operations that plain PyTorch needs         compiled   the same, by torch.compile
+reference  minireft.reference          ours   minireft.ops         triton   benchmarks/peers/triton_kernels.py (GPU)
+Shapes     one axis at a time through N 4096, C 1024, r 8; the real ReFT shape is low_rank_edit_at_ with N 448: 14 positions each of 32
+           sequences. Launches and memory: see harness.footprint, on a CPU they are counts of what PyTorch dispatches.
+
+Nothing is timed that was not first compared with float64, on fresh inputs, and is not again afterwards.
 """
 
+from __future__ import annotations
+
 import argparse
-import datetime
-import json
-import platform
-import subprocess
-import time
+import os
+import sys
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
-from minireft import ops
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))           # so that it also runs as a file
+from benchmarks import harness  # noqa: E402
+from benchmarks.harness import Clock  # noqa: E402
+from minireft import ops, reference  # noqa: E402
 
-RESULTS = Path(__file__).parent / "results"
-
-
-# ---- what is timed: op -> (make inputs, {provider: function of the inputs}) ----------------------------------------
-
-
-def low_rank_edit(N, C, r, dtype):
-    h = torch.randn(N, C, dtype=dtype)
-    weights = [(torch.randn(r, C) / C ** 0.5).to(dtype), (torch.randn(r, C) / C ** 0.5).to(dtype), torch.randn(r).to(dtype)]
-    return [h, *weights], {
-        "common": lambda h, D, A, b: h + (F.linear(h, D, b) - F.linear(h, A)) @ A,     # LoReFT as it is usually written
-        "eager": lambda h, D, A, b: torch.addmm(h, torch.addmm(b, h, D.T), A),
-        "ours": ops.low_rank_edit}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PASSES = ("forward", "backward", "both")
+SEQUENCES, POSITIONS, TOKENS, VOCABULARY = 32, 14, 128, 4096              # real ReFT: f7+l7 of 32 sequences, 448 rows
+PARAMETRIZED = {"cpu": 1024, "cuda": 4096}                                # the widest C whose parametrization is timed
 
 
-def scale(N, C, r, dtype):
-    return [torch.randn(N, C, dtype=dtype), torch.randn(C).to(dtype)], {
-        "eager": lambda x, l: x * l, "ours": ops.scale}
+@dataclass(frozen=True)
+class Shape:
+    """N rows of C elements, rank r; tasks = 0: no banks, otherwise so many tasks in a batch of N / 14 sequences."""
+
+    N: int
+    C: int
+    r: int = 0
+    tasks: int = 0
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def sequences(self) -> int:
+        return max(1, self.N // POSITIONS)
 
 
-def gelu_scale(N, C, r, dtype):
-    return [torch.randn(N, C, dtype=dtype), torch.randn(C).to(dtype)], {
-        "eager": lambda u, l: F.gelu(u) * l, "ours": ops.gelu_scale}
+class Call(NamedTuple):
+    """A provider: function(*leaves, *rest); gradients are taken for the leaves. In place: the first leaf is written over."""
+
+    function: Callable[..., Tensor]
+    leaves: list[Tensor]
+    rest: tuple = ()
+    in_place: bool = False
+
+    def __call__(self, first: Tensor, *leaves: Tensor) -> Tensor:
+        return self.function(as_activation(first) if self.in_place else first, *leaves, *self.rest)
 
 
-def swiglu_scale(N, C, r, dtype):
-    return [torch.randn(N, C, dtype=dtype), torch.randn(N, C, dtype=dtype), torch.randn(C).to(dtype)], {
-        "eager": lambda gate, up, l: F.silu(gate) * up * l, "ours": ops.swiglu_scale}
+# ---- what is timed: (shape, device, generator) -> {provider: Call} ---------------------------------------------------------
 
 
-def noisy_embedding(N, C, r, dtype):
-    ids, weight, seed = torch.randint(0, 4096, (N // 64, 64)), torch.randn(4096, C, dtype=dtype), torch.tensor([1, 2])
-
-    def eager(weight):
-        x = F.embedding(ids, weight)                                                          # (B, T, C)
-        return x + torch.empty_like(x).uniform_(-1, 1) * (5 / (64 * C) ** 0.5)
-
-    return [weight], {"eager": eager, "ours": lambda weight: ops.noisy_embedding(ids, weight, 5.0, seed)}
-
-
-OPERATIONS = {f.__name__: f for f in (low_rank_edit, scale, gelu_scale, swiglu_scale, noisy_embedding)}
-SHAPES = {"low_rank_edit": [(1, 256, 1)] + [(N, C, r) for C in (768, 1024, 2048, 4096) for r in (1, 4, 8, 32) for N in (512, 4096)],
-          "scale": [(4096, 1024, 0), (4096, 4096, 0)], "gelu_scale": [(4096, 1024, 0), (2048, 4096, 0)],
-          "swiglu_scale": [(4096, 1024, 0), (2048, 4096, 0)], "noisy_embedding": [(2048, 1024, 0), (1024, 4096, 0)]}
-GRID = [(N, C, r) for C in (256, 512, 1024, 4096, 8192) for r in (1, 8, 16, 32, 64) for N in (64, 512, 2048, 16384, 65536)
-        if 2 ** 18 <= N * C <= 2 ** 25]                                     # beyond that, time grows with N·C and nothing else
+@lru_cache(maxsize=1)
+def rotation(C: int, r: int, device: str):
+    """torch's own orthogonal parametrization, and its R (r, C); no parametrization where its C × C matrix is too much."""
+    if C > PARAMETRIZED[device.split(":")[0]]:
+        return None, torch.linalg.qr(torch.randn(C, r))[0].T.contiguous().to(device)
+    layer = nn.utils.parametrizations.orthogonal(nn.Linear(r, C, bias=False)).to(device)
+    return layer, layer.weight.detach().T.contiguous()                    # weight (C, r)
 
 
-# ---- how it is timed -------------------------------------------------------------------------------------------------
+def edit_weights(s: Shape, device: str, draw):
+    """LoReFT's W, and D = W − R, A = R, b; all float32, as they are trained: (r, C), or banks (K, r, C) of them."""
+    layer, R = rotation(s.C, s.r, device)
+    K = (s.tasks,) if s.tasks else ()
+    W = 0.5 * R + draw(*K, s.r, s.C) / s.C ** 0.5 / 8                      # a contraction: edited again and again, h stays finite
+    return layer, W, [W - R, R.expand_as(W).contiguous(), draw(*K, s.r)]
 
 
-def run(function, inputs, backward: bool, g=None):
-    out = function(*inputs)
-    return torch.autograd.grad(out, inputs, g) if backward else out
+def low_rank_edit(s: Shape, device: str, draw) -> dict[str, Call]:
+    layer, W, weights = edit_weights(s, device, draw)
+    leaves = [draw(s.N, s.C).to(s.dtype), *weights]
+    calls = {"eager": Call(edit, leaves), "ours": Call(ops.low_rank_edit, leaves), "reference": Call(reference.low_rank_edit, leaves)}
+    if layer is not None and s.N <= 1024:
+        calls["common"] = Call(parametrized, [leaves[0], W, leaves[3], only_parameter(layer)], (layer,))
+    return calls | triton("low_rank_edit", leaves)
 
 
-def measure(op: str, N: int, C: int, r: int, dtype: torch.dtype, backward: bool, seconds: float) -> dict:
-    """{provider: (20th, 50th, 80th percentile in milliseconds)} for one shape, all providers side by side."""
-    torch.manual_seed(0)
-    inputs, providers = OPERATIONS[op](N, C, r, dtype)
-    inputs = [t.requires_grad_(backward) for t in inputs]
-    with torch.set_grad_enabled(backward):
-        g = torch.randn_like(providers["ours"](*inputs))
-        check(op, providers, inputs, backward, g)
-        times = {name: [] for name in providers}
-        start = time.perf_counter()
-        repeats = max(1, int(1e-3 / max(once(providers["ours"], inputs, backward, g, 1), 1e-6)))
-        while time.perf_counter() - start < seconds or len(times["ours"]) < 7:
-            for name, function in providers.items():
-                times[name].append(once(function, inputs, backward, g, repeats))
-    return {name: [round(1e3 * q, 4) for q in torch.tensor(t).quantile(torch.tensor([.2, .5, .8])).tolist()]
-            for name, t in times.items()}
+def low_rank_edit_at_(s: Shape, device: str, draw) -> dict[str, Call]:
+    """At the first seven and last seven tokens of 128-token sequences, over h itself."""
+    layer, W, weights = edit_weights(s, device, draw)
+    B, P, T = s.sequences, POSITIONS, TOKENS
+    leaves = [draw(B, T, s.C).to(s.dtype), *weights]
+    at = torch.cat([torch.arange(P // 2), torch.arange(T - P // 2, T)]).expand(B, P).contiguous().to(device)          # (B, P)
+    rows = (at + T * torch.arange(B, device=device)[:, None]).reshape(-1)                                            # (B·P,)
+    tasks = torch.arange(B, device=device) % s.tasks if s.tasks else None                                            # (B,)
+    calls = {"eager": (edit_rows, leaves, (rows,)) if tasks is None else (edit_rows_each, leaves, (rows, tasks))}
+    for provider, module in (("ours", ops), ("reference", reference)):
+        calls[provider] = lambda h, *weights, f=module.low_rank_edit_at_: f(h, at, *weights, tasks), leaves
+    if s.tasks:
+        calls["common"] = one_task_after_another, leaves, (at, tasks)
+    elif layer is not None:
+        calls["common"] = parametrized_at, [leaves[0], W, leaves[3], only_parameter(layer)], (layer, at)
+    calls = {name: Call(*call, in_place=True) for name, call in calls.items()}
+    return calls | ({} if s.tasks else triton("low_rank_edit_at_", leaves, rows))
 
 
-def once(function, inputs, backward, g, repeats) -> float:
-    """Seconds of processor time a call: what others do on the machine meanwhile does not count."""
-    start = time.process_time()
-    for _ in range(repeats):
-        run(function, inputs, backward, g)
-    return (time.process_time() - start) / repeats
+class _AsActivation(torch.autograd.Function):
+    """h as what an earlier operation computed, so that it may be written over with gradients on; costs nothing."""
+
+    @staticmethod
+    def forward(ctx, h):
+        return h.detach()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
 
 
-def check(op, providers, inputs, backward, g) -> None:
-    """Ours in its dtype against eager in float32: finite, and within two roundings of a bfloat16."""
-    if op == "noisy_embedding" and not backward:
-        return                                                              # other noise on purpose; the tests compare bits
-    exact = [t.detach().float().requires_grad_(backward) for t in inputs]
-    expected, got = run(providers["eager"], exact, backward, g.float()), run(providers["ours"], inputs, backward, g)
-    for a, b in zip(expected if backward else [expected], got if backward else [got]):
-        if not b.isfinite().all() or not (a - b.float()).norm() <= 2 ** -7 * a.norm():
-            raise SystemExit(f"{op} at {tuple(inputs[0].shape)}: ours differs from eager, not timed")
+def as_activation(h: Tensor) -> Tensor:
+    return _AsActivation.apply(h) if h.requires_grad and torch.is_grad_enabled() else h
 
 
-def machine() -> dict:
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")] \
-        if platform.system() == "Linux" else [platform.processor()]
-    return {"device": f"{names[0]}, 1 thread", "torch": torch.__version__, "date": datetime.date.today().isoformat(),
-            "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip()}
+def only_parameter(layer: nn.Module) -> Tensor:
+    return layer.parametrizations.weight.original.detach()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--op", choices=OPERATIONS, action="append", help="default: all")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), action="append", help="default: float32 and bfloat16")
+def parametrized(h, W, b, M, layer):
+    """pyreft's order of operations; a parametrized weight is computed anew from its parameter M whenever it is read."""
+    weight = layer.parametrizations.weight[0]                             # M → Rᵀ (C, r), by Householder reflections
+    x = h.to(weight(M).dtype)                                             # read once for its dtype,
+    rotated = x @ weight(M)                                               # once for R h,
+    return (x + (F.linear(x, W, b) - rotated) @ weight(M).T).to(h.dtype)  # once for Rᵀ
+
+
+def parametrized_at(h, W, b, M, layer, at):
+    sequence = torch.arange(len(h), device=h.device)[:, None]                                                        # (B, 1)
+    h[sequence, at] = parametrized(h[sequence, at], W, b, M, layer)                                                  # (B, P, C)
+    return h
+
+
+def one_task_after_another(h, D, A, b, at, tasks):
+    for k in range(len(D)):
+        mine = (tasks == k).nonzero()                                                                                # (n, 1)
+        h[mine, at[mine[:, 0]]] = edit(h[mine, at[mine[:, 0]]].flatten(0, 1), D[k], A[k], b[k]).view(len(mine), -1, h.shape[2])
+    return h
+
+
+def edit(h, D, A, b):
+    D, A, b = D.to(h.dtype), A.to(h.dtype), b.to(h.dtype)
+    return torch.addmm(h, torch.addmm(b, h, D.T), A)
+
+
+def edit_rows(h, D, A, b, rows):
+    flat = h.view(-1, h.shape[2])                                                                                    # (B·T, C)
+    flat.index_copy_(0, rows, edit(flat.index_select(0, rows), D, A, b))
+    return h
+
+
+def edit_rows_each(h, D, A, b, rows, tasks):
+    flat, D, A, b = h.view(-1, h.shape[2]), D[tasks].to(h.dtype), A[tasks].to(h.dtype), b[tasks, None].to(h.dtype)     # (B, r, C)
+    x = flat.index_select(0, rows).view(len(tasks), -1, h.shape[2])                                                  # (B, P, C)
+    x = torch.baddbmm(x, torch.baddbmm(b, x, D.mT), A)
+    flat.index_copy_(0, rows, x.view(-1, h.shape[2]))
+    return h
+
+
+def scales(name: str, eager: Callable, streams: int = 1):
+    """One of the three scales: x (N, C) and l (C,); with tasks x (B, P, C), l (K, C)."""
+    def operation(s: Shape, device: str, draw) -> dict[str, Call]:
+        shape, K = ((s.sequences, POSITIONS, s.C), (s.tasks,)) if s.tasks else ((s.N, s.C), ())
+        leaves = [*(draw(*shape).to(s.dtype) for _ in range(streams)), draw(*K, s.C)]
+        tasks = (torch.arange(s.sequences, device=device) % s.tasks,) if s.tasks else ()
+        calls = {"eager": Call(eager, leaves, tasks)}
+        for provider, module in (("ours", ops), ("reference", reference)):
+            calls[provider] = Call(getattr(module, name), leaves, tasks)
+        return calls | (triton(name, leaves) if name == "scale" and not s.tasks else {})
+    operation.__name__ = name
+    return operation
+
+
+def vector(x, l, tasks):
+    """l in x's dtype; of each row's task where there are tasks."""
+    return (l if tasks is None else l[tasks][:, None]).to(x.dtype)
+
+
+def scale(x, l, tasks=None):
+    return x * vector(x, l, tasks)
+
+
+def gelu_scale(u, l, tasks=None):
+    return F.gelu(u) * vector(u, l, tasks)
+
+
+def swiglu_scale(gate, up, l, tasks=None):
+    return F.silu(gate) * up * vector(gate, l, tasks)
+
+
+def noisy_embedding(s: Shape, device: str, draw) -> dict[str, Call]:
+    """N tokens in rows of 64, and 4,096 words."""
+    weight, seed = draw(VOCABULARY, s.C).to(s.dtype), torch.tensor([1, 2], device=device)
+    ids = (draw(s.N // 64, 64).abs() * 1000).long() % VOCABULARY
+    calls = {"eager": Call(embedding_and_noise, [weight], (ids,))}
+    for provider, module in (("ours", ops), ("reference", reference)):
+        calls[provider] = Call(lambda weight, f=module.noisy_embedding: f(ids, weight, 5.0, seed), [weight])
+    return calls
+
+
+def embedding_and_noise(weight, ids):
+    x = F.embedding(ids, weight)                                          # (B, T, C)
+    return x + torch.empty_like(x).uniform_(-1, 1) * (5 / (x.shape[1] * x.shape[2]) ** 0.5)
+
+
+OPERATIONS = {f.__name__: f for f in (
+    low_rank_edit, low_rank_edit_at_, scales("scale", scale), scales("gelu_scale", gelu_scale),
+    scales("swiglu_scale", swiglu_scale, streams=2), noisy_embedding)}
+
+
+def triton(name: str, leaves: list[Tensor], *rest) -> dict[str, Call]:
+    """The same in Triton, where that is installed and the tensors are on a GPU (or it interprets)."""
+    if leaves[0].device.type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
+        return {}
+    try:
+        from benchmarks.peers import triton_kernels
+    except ImportError:
+        return {}
+    return {"triton": Call(getattr(triton_kernels, name), leaves, rest, in_place=name.endswith("_"))}
+
+
+# ---- bytes and operations, from the formulas --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bill:
+    """Elements of N × C that are read and written at least, other bytes (weights), and operations (a special function is one)."""
+
+    reads: int
+    writes: int
+    weights: int
+    operations: int
+
+    def bytes(self, s: Shape) -> int:
+        return (self.reads + self.writes) * s.dtype.itemsize + self.weights
+
+
+def bills(op: str, s: Shape) -> dict[str, Bill]:
+    """What forward and backward cost at least. Weights are float32; backward reads them and writes their gradients."""
+    K, N = max(1, s.tasks), s.sequences * POSITIONS if s.tasks or op == "low_rank_edit_at_" else s.N
+    n, vector, low_rank = N * s.C, 4 * K * s.C, 4 * K * (2 * s.r * s.C + s.r)
+    rows, stream = min(VOCABULARY, N) * s.C, s.sequences * TOKENS * s.C   # of an embedding; of h, whose gradient autograd wants anew
+    forward, backward = {
+        "low_rank_edit": ((n, n, low_rank, 4 * n * s.r), (2 * n, n, 2 * low_rank, 8 * n * s.r)),
+        "low_rank_edit_at_": ((n, n, low_rank, 4 * n * s.r), (stream + n, stream, 2 * low_rank, 8 * n * s.r)),
+        "scale": ((n, n, vector, n), (2 * n, n, 2 * vector, 3 * n)),
+        "gelu_scale": ((n, n, vector, 5 * n), (2 * n, n, 2 * vector, 12 * n)),
+        "swiglu_scale": ((2 * n, n, vector, 5 * n), (3 * n, 2 * n, 2 * vector, 14 * n)),
+        "noisy_embedding": ((rows, n, 8 * N, 2 * n), (n, VOCABULARY * s.C, 8 * N, n))}[op]
+    return {"forward": Bill(*forward), "backward": Bill(*backward), "both": Bill(*map(sum, zip(forward, backward)))}
+
+
+def ceiling(op: str, s: Shape, which: str, device):
+    """Memory moved as the formula must: of forward, backward, or one after the other."""
+    bill = bills(op, s)
+    parts = [harness.stream(b.reads, b.writes, s.dtype, device) for b in ([bill["forward"], bill["backward"]] if which == "both" else [bill[which]])]
+    return lambda: [part() for part in parts]
+
+
+# ---- one row ------------------------------------------------------------------------------------------------------------------
+
+
+def calls(op: str, s: Shape, device: str, seed: int, compile: bool) -> dict[str, Call]:
+    """Every provider on the same fresh inputs."""
+    generator = torch.Generator(device).manual_seed(zlib.crc32(repr((op, s, seed)).encode()))
+    made = OPERATIONS[op](s, device, lambda *shape: torch.randn(shape, generator=generator, device=device))
+    if compile:
+        eager = made["eager"]
+        made["compiled"] = eager._replace(function=compiled(eager.function, s.dtype))
+    return {name: made[name] for name in ("common", "eager", "compiled", "reference", "triton", "ours") if name in made}
+
+
+@cache
+def compiled(function, dtype: torch.dtype):
+    """torch.compile of an eager provider, for all shapes of one dtype."""
+    torch._dynamo.reset()
+    torch._functorch.config.donated_buffer = False                        # so that backward can be timed again and again
+    return torch.compile(function, dynamic=True)
+
+
+def results(call: Call, which: str, g: Tensor | None, change=torch.clone) -> tuple[Tensor, ...]:
+    """The output, or with backward the gradients of the leaves, on copies of them (or what `change` makes of them)."""
+    leaves = [change(x.detach()).requires_grad_(which != "forward") for x in call.leaves]
+    with torch.set_grad_enabled(which != "forward"):
+        out = call(*leaves)
+        return (out,) if which == "forward" else torch.autograd.grad(out, leaves, change(g), materialize_grads=True)
+
+
+def validate(op: str, s: Shape, made: dict[str, Call], which: str) -> Tensor | None:
+    """Every provider: ours by the error budget, the others that they compute the same function. → g"""
+    with torch.no_grad():
+        g = torch.randn_like(results(made["eager"], "forward", None)[0]) if which != "forward" else None
+    exact, terms = (results(made["reference"], which, g, change) for change in (Tensor.double, lambda x: x.double().abs()))
+    noise = op == "noisy_embedding" and which == "forward"                # eager's is another one
+    plain = exact if noise else results(made["eager"], which, g)
+    for name, call in made.items():
+        what = f"{op} {which} by {name} at {s}"
+        got = harness.rerun_on_poison(lambda: results(call, which, g))
+        if name == "ours":
+            harness.check(what, got, exact, plain, terms)
+        elif not noise or name == "reference":
+            loose = torch.finfo(s.dtype).eps ** 0.5 * exact[0].norm()
+            if not (got[0].double() - exact[0]).norm() <= loose:          # NaN is an error
+                raise harness.Wrong(f"{what}: not the formula that the others compute: not timed")
+    return g
+
+
+def timed(call: Call, which: str, g: Tensor | None):
+    """A function that makes one pass again and again, on the same leaves."""
+    leaves = [x.detach().clone().requires_grad_(which != "forward") for x in call.leaves]
+    if which == "forward":
+        return torch.no_grad()(lambda: call(*leaves))
+    if which == "both":
+        return lambda: torch.autograd.grad(call(*leaves), leaves, g)
+    out = call(*leaves)
+    return lambda: torch.autograd.grad(out, leaves, g, retain_graph=True)
+
+
+def measure(op: str, s: Shape, which: str, clock: Clock, ceilings: dict, seconds: float, cold: bool = False, compile: bool = True,
+            without: tuple = ()) -> dict:
+    """One row of results: all providers side by side but those in `without`, checked before and after."""
+    device = str(clock.device)
+    made = {name: call for name, call in calls(op, s, device, 0, compile).items() if name not in without}
+    g = validate(op, s, calls(op, s, device, 1, compile), which)
+    runs = {"ceiling": ceiling(op, s, which, device), **{name: timed(call, which, g) for name, call in made.items()}}
+    found = {name: {"us": harness.percentiles(times)} for name, times in clock.interleaved(runs, seconds, cold).items()}
+    for name in made:
+        if name != "compiled" or clock.cuda:                              # what it runs on a CPU is dispatched nowhere
+            found[name] |= harness.footprint(clock, runs[name])
+    if clock.cuda and not cold:
+        for name in found.keys() & {"ceiling", "eager", "triton", "ours"}:
+            if replay := clock.graph(runs[name]):
+                times = clock.interleaved({name: replay}, seconds / 4)[name]
+                found[name]["graph_us"] = harness.percentiles([t / harness.GRAPH_CALLS for t in times])
+    validate(op, s, calls(op, s, device, 2, compile), which)
+    bill, dtype = bills(op, s)[which], str(s.dtype).removeprefix("torch.")
+    what = f"{op} {which} {dtype} N {s.N} C {s.C} r {s.r}"
+    share = harness.below_the_ceilings(what, found["ours"]["us"], found["ceiling"]["us"], bill.operations, ceilings["operations"][dtype])
+    return {**harness.machine(device), "threads": torch.get_num_threads(), "part": "kernels", "op": op, "pass": which, "dtype": dtype,
+            "N": s.N, "C": s.C, "r": s.r, "tasks": s.tasks, "cache": "cold" if cold else "hot", "bytes": bill.bytes(s),
+            "operations": bill.operations, "ceilings": ceilings, "share": share, "providers": found}
+
+
+# ---- the grid -------------------------------------------------------------------------------------------------------------------
+
+
+def star(dtypes) -> list[tuple]:
+    """(op, shape, threads are all, cold): one axis at a time through one centre, and the real ReFT shape."""
+    real, rows = SEQUENCES * POSITIONS, []
+    for dtype in dtypes:
+        centre = Shape(4096, 1024, 8, dtype=dtype)
+        rows += [("low_rank_edit", replace(centre, r=r), False, False) for r in (1, 2, 4, 8, 16, 32, 64)]
+        rows += [("low_rank_edit", replace(centre, N=N), False, False) for N in (64, real, 16384)]
+        rows += [("low_rank_edit", replace(centre, C=C), False, False) for C in (256, 768, 4096)]
+        rows += [("low_rank_edit_at_", replace(centre, N=real, C=C), False, cold) for C in (256, 1024, 4096) for cold in (False, True)]
+        rows += [("low_rank_edit_at_", replace(centre, N=64 * POSITIONS, C=256, r=4, tasks=K), False, False) for K in (1, 4, 16, 64)]
+        rows += [(op, replace(centre, r=0, N=N, C=C), False, False) for op in ("scale", "gelu_scale", "swiglu_scale")
+                 for N, C in ((real, 1024), (4096, 1024), (2048, 4096))]
+        rows += [("scale", replace(centre, N=64 * POSITIONS, r=0, tasks=K), False, False) for K in (1, 64)]
+        rows += [("noisy_embedding", replace(centre, r=0, N=N), False, False) for N in (512, 4096)]
+        rows += [(op, replace(centre, r=8 * (op[0] == "l")), False, True) for op in ("low_rank_edit", "scale", "swiglu_scale", "noisy_embedding")]
+        rows += [(op, replace(centre, r=8 * (op[0] == "l")), True, False) for op in ("low_rank_edit", "scale", "swiglu_scale", "noisy_embedding")]
+    return list(dict.fromkeys(rows))
+
+
+def whole(dtypes, most: int) -> list[tuple]:
+    """Every combination: C 256 to 8192, r 1 to 64, N 64 to 65,536, tasks 1 to 64, hot and cold, one thread and all."""
+    rows = []
+    for dtype in dtypes:
+        for C in (256, 512, 1024, 2048, 4096, 8192):
+            for N in (64, SEQUENCES * POSITIONS, 2048, 16384, 65536):
+                if N * C <= most:
+                    rows += [("low_rank_edit", Shape(N, C, r, 0, dtype)) for r in (1, 2, 4, 8, 16, 32, 64)]
+                    rows += [(op, Shape(N, C, 0, 0, dtype)) for op in ("scale", "gelu_scale", "swiglu_scale", "noisy_embedding")]
+            rows += [("low_rank_edit_at_", Shape(SEQUENCES * POSITIONS, C, r, 0, dtype)) for r in (1, 4, 8, 16, 64)]
+            rows += [(op, Shape(64 * POSITIONS, C, 8 * (op[0] == "l"), K, dtype)) for K in (1, 2, 4, 8, 16, 32, 64)
+                     for op in ("low_rank_edit_at_", "scale", "swiglu_scale")]
+    return [(*row, threads, cold) for row in rows for threads in (False, True) for cold in (False, True)]
+
+
+def line(row: dict) -> str:
+    found = row["providers"]
+    best = min((found[name]["us"][1], name) for name in found.keys() & {"eager", "compiled"})
+    what = f"{row['op']:18}{row['pass']:9}{row['dtype']:9}N {row['N']:<6}C {row['C']:<5}r {row['r']:<3}" + f"{row['tasks'] or '':3}"
+    return (f"{what}{row['cache']:5}{row['threads']:2} thr  " + "  ".join(f"{name} {f['us'][1]:.1f}" for name, f in found.items())
+            + f" µs   {row['share']:.0%} of the ceiling, ×{best[0] / found['ours']['us'][1]:.2f} against {best[1]}")
+
+
+def main(argv=None) -> list[dict]:
+    parser = argparse.ArgumentParser(prog="minireft bench kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", choices=OPERATIONS, action="append", help="only this operation (may be given again)")
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: float32 and bfloat16; all with --full")
+    parser.add_argument("--pass", choices=PASSES, action="append", dest="passes", help="default: all three")
     parser.add_argument("--shape", type=int, nargs=3, metavar=("N", "C", "R"), help="instead of the usual ones")
-    parser.add_argument("--grid", action="store_true", help="the low-rank edit from C 256 to 8192, r 1 to 64, N 64 to 65,536: some minutes")
-    parser.add_argument("--seconds", type=float, default=0.5, help="for each row")
-    parser.add_argument("--write", action="store_true", help="append the rows to results/kernels.jsonl")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    slower = []
-    for op in ["low_rank_edit"] if options.grid else options.op or OPERATIONS:
-        for dtype in options.dtype or ("float32", "bfloat16"):
-            for N, C, r in [options.shape] if options.shape else GRID if options.grid else SHAPES[op]:
-                for backward in (False, True):
-                    times = measure(op, N, C, r, getattr(torch, dtype), backward, options.seconds)
-                    ratio = times["eager"][1] / times["ours"][1]
-                    row = {**machine(), "op": op, "dtype": dtype, "N": N, "C": C, "r": r, "backward": backward,
-                           "milliseconds": times, "ratio": round(ratio, 3)}
-                    slower += [(dtype, N, C, r, backward, row["ratio"])] if ratio < 1 else []
-                    if options.write:
-                        RESULTS.mkdir(exist_ok=True)
-                        with open(RESULTS / "kernels.jsonl", "a") as file:
-                            file.write(json.dumps(row) + "\n")
-                    print(f"{op:16} {dtype:8} N {N:5} C {C:4} r {r:2} {'fwd+bwd' if backward else 'fwd    '}  "
-                          + "  ".join(f"{name} {t[1]:8.3f}" for name, t in times.items()) + f"   ×{ratio:.2f}", flush=True)
-    if options.grid:
-        print(f"slower than eager: {len(slower)} rows", *sorted(slower, key=lambda row: row[-1]), sep="\n")
+    parser.add_argument("--full", action="store_true", help="the whole grid, up to 16 M elements: hours")
+    parser.add_argument("--seconds", type=float, default=0.25, help="for each row (default %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes most of the time on a first run")
+    parser.add_argument("--write", action="store_true", help="keep the rows in results/kernels.jsonl")
+    options = parser.parse_args(argv)
+    names = options.dtype or (list(DTYPES) if options.full else ["float32", "bfloat16"])
+    dtypes = [DTYPES[name] for name in names]
+    if options.shape:
+        grid = [(op, Shape(*options.shape, 0, dtype), False, False) for op in options.op or OPERATIONS for dtype in dtypes]
+    else:
+        grid = whole(dtypes, 1 << 24) if options.full else star(dtypes)
+    grid = [row for row in grid if not options.op or row[0] in options.op]
+    return run(grid, options.passes or PASSES, options.device, options.seconds, not options.no_compile,
+               harness.RESULTS / "kernels.jsonl" if options.write else None)
+
+
+def run(grid, passes, device: str, seconds: float, compile: bool, path: Path | None) -> list[dict]:
+    """Measures and prints every row, and keeps them at `path` as it goes."""
+    rows, clocks = [], {}
+    for op, shape, many, cold in grid:
+        threads = (os.cpu_count() or 1) if many else 1
+        if threads not in clocks:
+            clock = Clock(device, threads)
+            clocks[threads] = clock, harness.ceilings(clock, sorted({s.dtype for _, s, *_ in grid}, key=str))
+        clock, limits = clocks[threads]
+        torch.set_num_threads(threads)
+        for which in passes:
+            rows.append(measure(op, shape, which, clock, limits, seconds, cold, compile))
+            print(line(rows[-1]), flush=True)
+    if path:
+        harness.write(rows, path)
+    return rows
 
 
 if __name__ == "__main__":

@@ -1,33 +1,35 @@
-"""What an adapter costs: training steps and generation with it, over the same frozen base without it.
-Run: python benchmarks/training.py [--quick] [--write]       (--write appends to results/training.jsonl; pyreft takes part where it is)
-You should see each provider's CPU time as a multiple of the floor's: 1.00 would be an adapter that costs nothing.
+"""What an adapter costs in training: a step with it, over the same step of the frozen base without it, other libraries beside.
+Run: minireft bench training [--quick] [--write]       (--write: results/training.jsonl; about two minutes)
+You should see each provider's time as a multiple of its floor's: 1.00 would be an adapter that costs nothing.
 
-The floor of a training step is the frozen base with gradients of its activations down to the lowest edited site, and no
-adapter. One process, one thread; every round runs each provider once, in turn, and its ratios are to the floor of that round:
-medians over rounds, with 20th and 80th percentiles. What is counted is CPU time, so that a busy machine does not count.
-pyreft edits transformers' Llama of the same shape, and its floor is that model: see `make peers-pyreft` for its environment,
-then PYTHONPATH=. .venv/pyreft/bin/python benchmarks/training.py.
+floor   the frozen base with gradients of its activations down to the lowest edited site (the first block's output), no adapter
+inner   the same down to the first block's input, where (IA)³ and LoRA begin
+The floors of other libraries are transformers' Llama of the same shape, likewise. pyreft needs an environment of its own:
+`make peers-pyreft`, then PYTHONPATH=. .venv/pyreft/bin/python benchmarks/training.py (`minireft bench` looks for it there).
 """
 
+from __future__ import annotations
+
 import argparse
-import datetime
-import json
-import platform
-import subprocess
-import time
+import importlib.metadata
+import importlib.util
+import sys
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from minireft import Cache, DiReFT, LoReFT, Model, ModelConfig, ops
-from minireft.generation import generate_ids
-from minireft.losses import cross_entropy
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))           # so that it also runs as a file
+from benchmarks import harness  # noqa: E402
+from minireft import IA3, Bank, DiReFT, LoRA, LoReFT, Model, ModelConfig, NEFTune, ops  # noqa: E402
+from minireft.losses import cross_entropy  # noqa: E402
 
-RESULTS = Path(__file__).parent / "results"
-V, RANK = 1024, 8
-STEPS = [(256, 4, 8, 128), (256, 4, 1, 16), (1024, 8, 2, 128)]           # C, L, B, T
-ALL = ("LoReFT", "LoReFT, plain PyTorch", "DiReFT", "LoReFT, Householder", "pyreft")
+V, RANK, POSITIONS, TASKS = 1024, 8, "f4+l4", (1, 4, 16, 64)
+STEPS = [(256, 4, 8, 128), (256, 4, 1, 16), (256, 4, 1, 128), (1024, 8, 2, 128)]       # C, L, B, T
+PHASES = ("forward", "backward", "update")
+FLOORS = {"(IA)³": "inner floor", "LoRA": "inner floor", "pyreft": "pyreft's floor", "PEFT LoRA": "PEFT's floor", "PEFT (IA)³": "PEFT's floor",
+          "full, NEFTune": "full"}                                         # what a ratio is to; all others: floor
+OURS = ("LoReFT", "LoReFT, plain PyTorch", "DiReFT", "LoReFT, Householder", "(IA)³", "LoRA", "full", "full, NEFTune")
 
 
 class Householder(LoReFT):
@@ -51,13 +53,13 @@ class Floor:
     adapter = None
 
     def __call__(self, operation, context):
-        return lambda x: operation(x).requires_grad_()
+        return lambda *x: operation(*x).requires_grad_()
 
 
-def base(C: int, L: int) -> Model:
+def base(C: int, L: int, device: str = "cpu") -> Model:
     torch.manual_seed(0)
     config = ModelConfig(V, width=C, layers=L, heads=C // 64, hidden=C * 8 // 3 // 32 * 32, context=512, tied=False)
-    return Model(config).requires_grad_(False)
+    return Model(config).requires_grad_(False).to(device)
 
 
 def twin(model: Model) -> Model:
@@ -68,169 +70,202 @@ def twin(model: Model) -> Model:
     return other.requires_grad_(False).train(model.training)
 
 
-def learn(parameters, run, tokens, answer):
-    """A training step: forward, loss, backward, AdamW."""
-    optimizer = torch.optim.AdamW(parameters, lr=1e-5) if parameters else None
+class Step:
+    """A training step in its phases; the last loss stays for whoever compares."""
 
-    def step():
-        loss = cross_entropy(run(tokens), tokens, answer)
-        loss.backward()
-        if optimizer:
-            optimizer.step()
-            optimizer.zero_grad()
-        return loss.item()
-    return step
+    def __init__(self, parameters, run, tokens, answer):
+        self.run, self.tokens, self.answer = run, tokens, answer
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-5) if parameters else None
 
+    def forward(self):
+        self.loss = cross_entropy(self.run(self.tokens), self.tokens, self.answer)
 
-def step_providers(model: Model, B: int, T: int, positions: str, names) -> dict:
-    """{name: a function that makes one training step}; pyreft comes with a floor of its own."""
-    c, tokens, answer = model.config, torch.randint(V, (B, T)), torch.ones(B, T, dtype=torch.bool)
-    tokens[:, 0] = 0
+    def backward(self):
+        self.loss.backward()
 
-    def adapted(kind):
-        adapter = kind(twin(model), rank=RANK, positions=positions).attach()
-        return learn(list(adapter.parameters()), adapter.model, tokens, answer)
-    bare = twin(model)
-    bare.blocks[0].output.edits.append(Floor())
-    plain = adapted(LoReFT)
+    def update(self):
+        if self.optimizer:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
 
-    def reference():
-        with ops.use("reference"):
-            return plain()
-    made = {"LoReFT": lambda: adapted(LoReFT), "LoReFT, plain PyTorch": lambda: reference, "DiReFT": lambda: adapted(DiReFT),
-            "LoReFT, Householder": lambda: adapted(Householder)}
-    providers = {"floor": learn([], bare, tokens, answer), **{name: make() for name, make in made.items() if name in names}}
-    if "pyreft" in names:
-        providers.update(peers(c, tokens, answer, positions))
-    return providers
+    def phases(self) -> tuple:
+        return self.forward, self.backward, self.update
 
 
-def peer_models(c: ModelConfig, B: int, T: int, positions: str, cached: bool):
-    """transformers' Llama of the same shape, without and with pyreft, and pyreft's name for the positions; None where they are
-    not installed."""
-    try:
-        import pyreft
-        from transformers import LlamaConfig, LlamaForCausalLM
-    except ImportError:
-        return None
-    config = LlamaConfig(vocab_size=V, hidden_size=c.width, intermediate_size=c.hidden, num_hidden_layers=c.layers,
-                         num_attention_heads=c.heads, max_position_embeddings=c.context, use_cache=cached)
+def step_providers(model: Model, B: int, T: int, names) -> dict[str, Step]:
+    """{name: a training step}, floors first."""
+    device = model.embed.weight.device
+    tokens, answer = torch.randint(V, (B, T), device=device), torch.ones(B, T, dtype=torch.bool, device=device)
+
+    def floor(site):
+        bare = twin(model)
+        bare.get_submodule(site).edits.append(Floor())
+        return Step([], bare, tokens, answer)
+
+    def adapted(kind, **options):
+        adapter = kind(twin(model), **options).attach()
+        return Step(list(adapter.parameters()), adapter.model, tokens, answer)
+
+    def plain():
+        step = adapted(LoReFT, rank=RANK, positions=POSITIONS)
+        run, backward = step.run, step.backward
+
+        def on_reference(function):
+            def called(*arguments):
+                with ops.use("reference"):
+                    return function(*arguments)
+            return called
+        step.run, step.backward = on_reference(run), on_reference(backward)
+        return step
+
+    def full(*noise):
+        other = Model(model.config).to(device)
+        for kind in noise:
+            kind(other).attach()
+        return Step(list(other.parameters()), other, tokens, answer)
+    makers = {"LoReFT": lambda: adapted(LoReFT, rank=RANK, positions=POSITIONS), "LoReFT, plain PyTorch": plain,
+              "DiReFT": lambda: adapted(DiReFT, rank=RANK, positions=POSITIONS),
+              "LoReFT, Householder": lambda: adapted(Householder, rank=RANK, positions=POSITIONS),
+              "(IA)³": lambda: adapted(IA3), "LoRA": lambda: adapted(LoRA, rank=RANK), "full": full, "full, NEFTune": lambda: full(NEFTune)}
+    inner = {"inner floor": lambda: floor("embed")} if {"(IA)³", "LoRA"} & {*names} else {}
+    made = {"floor": lambda: floor("blocks.0.output"), **inner, **{name: makers[name] for name in names}}
+    return {name: make() for name, make in made.items()}
+
+
+def task_providers(model: Model, B: int = 64, T: int = 32) -> dict[str, Step]:
+    """A batch of 64 rows whose rows belong to 1, 4, … 64 adapters of a bank of as many."""
+    device = model.embed.weight.device
+    tokens, answer = torch.randint(V, (B, T), device=device), torch.ones(B, T, dtype=torch.bool, device=device)
+    made = {}
+    for K in TASKS:
+        other = twin(model)
+        members = {str(k): LoReFT(other, rank=RANK, positions=POSITIONS) for k in range(K)}
+        bank = Bank(members).attach()
+        tasks = bank.ids([str(row % K) for row in range(B)])
+        parameters = [p for member in members.values() for p in member.parameters()]
+        made["floor" if K == 1 else f"{K} tasks"] = Step(parameters, lambda x, other=other, tasks=tasks: other(x, tasks=tasks), tokens, answer)
+    return made
+
+
+# ---- other libraries, where they are installed ---------------------------------------------------------------------------
+
+
+def llama(c: ModelConfig, cached: bool, device):
+    """transformers' Llama of the same shape, frozen."""
+    from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(0)
-    bare, edited = (LlamaForCausalLM(config).requires_grad_(False) for _ in range(2))
-    reft = pyreft.get_reft_model(edited, pyreft.ReftConfig(representations=[
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=V, hidden_size=c.width, intermediate_size=c.hidden, num_hidden_layers=c.layers, num_attention_heads=c.heads,
+        max_position_embeddings=c.context, use_cache=cached)).requires_grad_(False).to(device)
+
+
+def peft_models(c: ModelConfig, cached: bool, device) -> dict:
+    """{name: model} of PEFT."""
+    import peft
+    kinds = {"PEFT (IA)³": peft.IA3Config(task_type="CAUSAL_LM"),
+             "PEFT LoRA": peft.LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=16, target_modules=["q_proj", "v_proj"])}
+    return {name: peft.get_peft_model(llama(c, cached, device), kind) for name, kind in kinds.items()}
+
+
+def pyreft_model(c: ModelConfig, B: int, T: int, cached: bool):
+    """pyreft's model, and its name for the positions."""
+    import pyreft
+    reft = pyreft.get_reft_model(llama(c, cached, "cpu"), pyreft.ReftConfig(representations=[
         {"layer": layer, "component": "block_output", "low_rank_dimension": RANK,
          "intervention": pyreft.LoreftIntervention(embed_dim=c.width, low_rank_dimension=RANK, dtype=torch.float32)}
         for layer in range(c.layers)]))
-    at = pyreft.get_intervention_locations(last_position=T, positions=positions, num_interventions=c.layers, share_weights=True)
-    return bare, reft, {"sources->base": (None, [[row] * B for row in at])}
+    at = pyreft.get_intervention_locations(last_position=T, positions=POSITIONS, num_interventions=c.layers, share_weights=True)
+    return reft, {"sources->base": (None, [[row] * B for row in at])}
 
 
-def peers(c: ModelConfig, tokens, answer, positions) -> dict:
-    """pyreft's training step, and its floor."""
-    made = peer_models(c, *tokens.shape, positions, cached=False)
-    if made is None:
+def installed() -> str:
+    """Of "pyreft" and "peft" the one that is here, or nothing; they do not live together."""
+    return next((name for name in ("pyreft", "peft") if importlib.util.find_spec(name) and importlib.util.find_spec("transformers")), "")
+
+
+def versions() -> str:
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("transformers", installed()) if installed())
+
+
+def peers(c: ModelConfig, B: int, T: int, device: str) -> dict[str, Step]:
+    """The other library's training steps, and its floors."""
+    if not installed():
         return {}
-    bare, reft, locations = made
-    bare.model.layers[0].register_forward_hook(lambda module, inputs, out: (out[0].requires_grad_(), *out[1:]))
+    tokens, answer = torch.randint(V, (B, T), device=device), torch.ones(B, T, dtype=torch.bool, device=device)
 
-    def with_edits(tokens):
-        return reft({"input_ids": tokens}, unit_locations=locations)[1].logits
-    return {"pyreft's floor": learn([], lambda tokens: bare(input_ids=tokens).logits, tokens, answer),
-            "pyreft": learn(list(reft.get_trainable_parameters()), with_edits, tokens, answer)}
-
-
-def generation_providers(model: Model, B: int, T: int, positions: str) -> dict:
-    """{part: {name: a function}}: the prompt's pass, 16 decoding steps after it, and both as a user calls them."""
-    tokens, new = torch.randint(V, (B, T)), torch.randint(V, (B, 1))
-    adapter = LoReFT(twin(model), rank=RANK, positions=positions).attach()
-
-    def prefill(model):
-        return torch.no_grad()(lambda: model.stream(tokens, cache=Cache(model, B, T + 16)))
-
-    def decoding(model):
-        cache = Cache(model, B, T + 16)
-
-        @torch.no_grad()
-        def run():
-            cache.length = cache.longest = T
-            for _ in range(16):
-                model(new, cache=cache)
-        with torch.no_grad():
-            model(tokens, cache=cache)
-        return run
-    def generate(model):
-        prompts = tokens.tolist()
-        return lambda: generate_ids(model, prompts, 16, eos=None)
-    parts = {run.__name__: {"floor": run(model), "LoReFT": run(adapter.model)} for run in (prefill, decoding, generate)}
-    made = peer_models(model.config, B, T, positions, cached=True)
-    if made is not None:
-        bare, reft, locations = made
-        settings = dict(max_new_tokens=16, min_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0)
-        inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-        parts["generate"]["pyreft's floor"] = lambda: bare.generate(**inputs, **settings)
-        parts["generate"]["pyreft"] = lambda: reft.generate(inputs, unit_locations=locations, intervene_on_prompt=True, **settings)
-    return parts
+    def floor(site, output):
+        model = llama(c, False, device)
+        model.get_submodule(site).register_forward_hook(output)
+        return Step([], lambda x: model(input_ids=x).logits, tokens, answer)
+    if installed() == "pyreft":
+        reft, locations = pyreft_model(c, B, T, False)
+        return {"pyreft's floor": floor("model.layers.0", lambda module, inputs, out: (out[0].requires_grad_(), *out[1:])),
+                "pyreft": Step(list(reft.get_trainable_parameters()),
+                               lambda x: reft({"input_ids": x}, unit_locations=locations)[1].logits, tokens, answer)}
+    made = {"PEFT's floor": floor("model.embed_tokens", lambda module, inputs, out: out.requires_grad_())}
+    for name, model in peft_models(c, False, device).items():
+        made[name] = Step([p for p in model.parameters() if p.requires_grad], lambda x, model=model: model(input_ids=x).logits, tokens, answer)
+    return made
 
 
-# ---- how it is timed -------------------------------------------------------------------------------------------------
+# ---- rows --------------------------------------------------------------------------------------------------------------------
 
 
-def measure(providers: dict, seconds: float) -> dict:
-    """{name: {"milliseconds": 20th, 50th, 80th percentile, "ratio": the same}} for providers that run in turn."""
-    times, start = {name: [] for name in providers}, time.perf_counter()
-    for run in providers.values():
-        for _ in range(2):
-            run()
-    while time.perf_counter() - start < seconds or len(times["floor"]) < 7:
-        for name, run in providers.items():
-            began = time.process_time()
-            run()
-            times[name].append(time.process_time() - began)
-    spread, found = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64), {}
-    for name, taken in times.items():
-        floor = times["pyreft's floor" if name == "pyreft" else "floor"]
-        taken, floor = torch.tensor(taken, dtype=torch.float64), torch.tensor(floor, dtype=torch.float64)
-        found[name] = {"milliseconds": [round(1e3 * x, 3) for x in taken.quantile(spread).tolist()],
-                       "ratio": [round(x, 3) for x in (taken / floor).quantile(spread).tolist()]}
-    return {"rounds": len(floor), "providers": found}
+def row(clock: harness.Clock, part: str, C: int, L: int, B: int, T: int, providers: dict, seconds: float) -> dict:
+    """Times providers (functions, or steps in phases) side by side: milliseconds, tokens a second, ratios to their floors."""
+    runs = {name: p.phases() if isinstance(p, Step) else p for name, p in providers.items()}
+    times = clock.interleaved(runs, seconds)
+    whole = {name: [sum(t) for t in taken] if isinstance(runs[name], tuple) else taken for name, taken in times.items()}
+    found = {}
+    for name, taken in whole.items():
+        floor = FLOORS.get(name, "floor") if FLOORS.get(name) in providers else "floor"
+        found[name] = {"us": harness.percentiles(taken), "ratio": harness.ratios(taken, whole[floor]), "floor": floor}
+        if isinstance(runs[name], tuple):
+            found[name]["phases_us"] = {phase: harness.percentiles([t[i] for t in times[name]])[1] for i, phase in enumerate(PHASES)}
+    beside = installed() if any("floor" in name and "'s" in name for name in providers) else ""
+    result = {**harness.machine(str(clock.device)), "threads": torch.get_num_threads(), "part": part, "C": C, "layers": L, "batch": B, "tokens": T,
+              "r": RANK, "positions": POSITIONS, "beside": beside, "versions": versions() if beside else "", "rounds": len(whole["floor"]),
+              "providers": found}
+    show(result)
+    return result
 
 
-def machine() -> dict:
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")] \
-        if platform.system() == "Linux" else [platform.processor()]
-    return {"device": f"{names[0]}, 1 thread", "torch": torch.__version__, "date": datetime.date.today().isoformat(),
-            "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
-            "backend": "cpu" if ops.backends()["cpu"] else "reference"}
+def show(row: dict) -> None:
+    print(f"\n{row['part']}, C {row['C']}, {row['layers']} layers, batch {row['batch']} × {row['tokens']}, r {row['r']}, {row['positions']} "
+          f"on all layers, {row['rounds']} rounds{', ' + row['versions'] if row['beside'] else ''}")
+    for name, found in row["providers"].items():
+        low, middle, high = found["ratio"]
+        print(f"  {name:24} {found['us'][1] / 1e3:9.2f} ms   {middle:6.3f} × {found['floor']}   ({low:.3f} … {high:.3f})", flush=True)
+
+
+def options_of(program: str, description: str, argv):
+    parser = argparse.ArgumentParser(prog=f"minireft bench {program}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the smallest shape alone")
+    parser.add_argument("--seconds", type=float, default=10, help="for each table (default %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--peers", action="store_true", help="only the tables in which another library takes part")
+    parser.add_argument("--write", action="store_true", help=f"keep the rows in results/{program}.jsonl")
+    return parser.parse_args(argv)
 
 
 def main(argv=None) -> list[dict]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the smallest shape alone")
-    parser.add_argument("--seconds", type=float, default=20, help="for each table")
-    parser.add_argument("--positions", default="f4+l4")
-    parser.add_argument("--write", action="store_true", help="append the rows to results/training.jsonl")
-    options = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    tables = []
-    for C, L, B, T in [STEPS[1]] if options.quick else STEPS:
-        names = ALL if C == 256 else ("LoReFT", "DiReFT")                 # a C × C buffer a layer is no fun at 1024
-        tables.append(("step", C, L, B, T, step_providers(base(C, L), B, T, options.positions, names)))
-    for C, L, B, T in [STEPS[1]] if options.quick else STEPS[:2]:
-        for part, providers in generation_providers(base(C, L).eval(), B, T, options.positions).items():
-            tables.append((part, C, L, B, T, providers))
-    rows = []
-    for part, C, L, B, T, providers in tables:
-        rows.append({**machine(), "part": part, "C": C, "layers": L, "batch": [B, T], "r": RANK, "positions": options.positions,
-                     **measure(providers, options.seconds)})
-        print(f"\n{part}, C {C}, {L} layers, batch {B} × {T}, r {RANK}, {options.positions} on all layers, {rows[-1]['rounds']} rounds")
-        for name, found in rows[-1]["providers"].items():
-            low, middle, high = found["ratio"]
-            print(f"  {name:24} {found['milliseconds'][1]:9.2f} ms   {middle:6.3f} × its floor   ({low:.3f} … {high:.3f})", flush=True)
+    options = options_of("training", __doc__, argv)
+    clock, rows = harness.Clock(options.device), []
+    for C, L, B, T in STEPS[1:2] if options.quick else STEPS:
+        model = base(C, L, options.device)
+        if not options.peers:
+            names = OURS if C == 256 else ("LoReFT", "DiReFT", "LoReFT, Householder")
+            rows.append(row(clock, "step", C, L, B, T, step_providers(model, B, T, names), options.seconds))
+        if (C, L, B, T) in STEPS[:2] and (others := peers(model.config, B, T, options.device)):
+            both = {**step_providers(model, B, T, ("LoReFT", "(IA)³", "LoRA")), **others}
+            rows.append(row(clock, "step", C, L, B, T, both, options.seconds))
+    if not options.peers and not options.quick:
+        providers = task_providers(base(256, 4, options.device))
+        rows.append(row(clock, "step, tasks", 256, 4, 64, 32, providers, options.seconds))
+        forwards = {name: torch.no_grad()(lambda step=step: step.run(step.tokens)) for name, step in providers.items()}
+        rows.append(row(clock, "prefill, tasks", 256, 4, 64, 32, forwards, options.seconds))
     if options.write:
-        RESULTS.mkdir(exist_ok=True)
-        with open(RESULTS / "training.jsonl", "a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        harness.write(rows, harness.RESULTS / "training.jsonl")
     return rows
 
 

@@ -21,7 +21,7 @@ from minireft import tasks
 from minireft.formats import datasets
 from minireft.recipes import METHODS, RECIPES, recipe
 
-PROGRAMS = {"bench": "kernels.py", "profile": "profile_kernel.py", "neftune": "neftune.py"}
+PROGRAMS = {"bench": "bench.py", "profile": "profile_kernel.py", "neftune": "neftune.py"}
 # What `tune` can change of a recipe or a method: an option of its adapter, or a field of TrainConfig.
 SETTINGS = ("rank", "layers", "positions", "tied", "sites", "init_scale", "layer_norm", "neftune", "epochs", "steps", "batch_size", "lr",
             "optimizer", "schedule", "warmup", "weight_decay", "losses", "pack")
@@ -193,7 +193,7 @@ COMMANDS = {                            # in the order of --help
                  doctor: "what is installed here, and what is missing"},
     "tools": {pretrain: "train a base from nothing",
               convert: "write a base or an adapter in another program's form",
-              bench: "time the CPU kernels beside plain PyTorch (in a clone)",
+              bench: "time kernels, training and generation beside others (in a clone)",
               profile: "count what a CUDA kernel does, without a GPU (in a clone)",
               analyse: "fine-tune with noise and without, and see what changes (in a clone)"},
 }

@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from . import files
 from .adapters import Adapter, Bank, fingerprint, labels_of, task_ids
@@ -174,6 +173,7 @@ def train(model: Model, adapters: list[Adapter] = (), examples: list[Example] = 
         first = checkpoint.begin(optimizer, resume) if checkpoint else 0
         team.start_equal(trained)
         losses, started = [], time.perf_counter()
+        from tqdm import tqdm                                             # a GPU machine that only runs kernels may lack it
         bar = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=not progress or team.rank > 0, leave=False, unit="step")
         for step in bar:
             rate = config.rate(step)

@@ -5,12 +5,13 @@ See:  counterfactuals with the answers of the world, and ratios that are 1 for t
 """
 
 import argparse
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import minireft
-from benchmarks import das, neftune, training
+from benchmarks import das, generation, neftune, training
 from minireft.tasks.world import ATTRIBUTES, VOCABULARY, World
 
 
@@ -35,24 +36,52 @@ def test_counterfactuals_exchange_one_variable(variable):
 
 def test_providers_make_the_step_that_they_are_named_after():
     model = training.base(64, 2)
-    providers = training.step_providers(model, 2, 12, "f4+l4", ("LoReFT", "LoReFT, plain PyTorch", "DiReFT", "LoReFT, Householder"))
-    losses = {name: step() for name, step in providers.items()}
-    assert len(losses) == 5 and max(losses.values()) - min(losses.values()) < 1e-4         # every one begins as the base itself
+    steps = training.step_providers(model, 2, 12, training.OURS[:6])
+    assert set(steps) == {"floor", "inner floor", *training.OURS[:6]}
+    for step in steps.values():
+        for phase in step.phases():
+            phase()
+    losses = {name: step.loss.item() for name, step in steps.items()}
+    assert losses.pop("(IA)³") > 0 and max(losses.values()) - min(losses.values()) < 1e-4  # every other one begins as the base itself
     assert model.adapters == [] and not any(site.edits for site in model.sites().values())
     householder = training.Householder(model, rank=3)
     with torch.no_grad():
         R = householder.parts()[1][0, 0]
     torch.testing.assert_close(R @ R.T, torch.eye(3), atol=1e-5, rtol=0)
-    for part, runs in training.generation_providers(model.eval(), 2, 12, "f4+l4").items():
-        assert set(runs) - {"pyreft", "pyreft's floor"} == {"floor", "LoReFT"} and part in ("prefill", "decoding", "generate")
+
+
+def test_full_steps_train_everything_and_noise_is_heard():
+    steps = training.step_providers(training.base(64, 2), 2, 12, ("full", "full, NEFTune"))
+    for step in steps.values():
+        for phase in step.phases():
+            phase()
+    assert steps["full, NEFTune"].loss != steps["full"].loss
+
+
+def test_mixed_tasks_are_mixed(monkeypatch):
+    monkeypatch.setattr(training, "TASKS", (1, 3))
+    steps = training.task_providers(training.base(64, 2), B=5, T=12)
+    assert set(steps) == {"floor", "3 tasks"}
+    for step in steps.values():
+        for phase in step.phases():
+            phase()
+
+
+def test_generation_runs_each_part_with_each_method():
+    for part, runs in generation.providers(training.base(64, 2).eval(), 2, 12).items():
+        assert set(runs) == {"floor", "LoReFT", "(IA)³", "LoRA", "(IA)³ merged"} and part in ("prefill", "decoding", "generate")
         for run in runs.values():
             run()
 
 
-def test_ratios_are_of_the_same_round():
-    found = training.measure({"floor": lambda: sum(range(20000)), "twice": lambda: sum(range(40000)), "pyreft's floor": lambda: None}, 0)
-    assert found["rounds"] == 7 and found["providers"]["floor"]["ratio"] == [1, 1, 1]
-    assert all(len(row["milliseconds"]) == 3 and row["milliseconds"] == sorted(row["milliseconds"]) for row in found["providers"].values())
+def test_ratios_are_of_the_same_round_and_to_the_own_floor(monkeypatch):
+    monkeypatch.setattr(training, "installed", lambda: "")
+    times = {"floor": [1.0, 2.0, 4.0], "LoReFT": [2.0, 4.0, 8.0], "pyreft's floor": [3.0, 3.0, 3.0], "pyreft": [4.5, 4.5, 4.5], "(IA)³": [1.5, 3.0, 6.0]}
+    clock = SimpleNamespace(device="cpu", interleaved=lambda runs, seconds: times)
+    found = training.row(clock, "step", 64, 2, 2, 12, dict.fromkeys(times), 0)["providers"]
+    assert {name: f["ratio"] for name, f in found.items()} == {
+        "floor": [1, 1, 1], "LoReFT": [2, 2, 2], "pyreft's floor": [1.05, 1.5, 2.4], "pyreft": [1.5] * 3, "(IA)³": [1.5] * 3}
+    assert found["pyreft"]["floor"] == "pyreft's floor" and found["(IA)³"]["floor"] == "floor"      # whose inner floor was not measured
 
 
 def test_intervals_are_student_s():
