@@ -15,6 +15,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -50,10 +51,15 @@ def stage(name: str, limit: float, command: list[str], environment: dict) -> str
     """Runs one; what became of it."""
     print(f"\n== {name}: {' '.join(command)}", flush=True)
     began = time.monotonic()
+    running = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}, start_new_session=True)
     try:
-        status = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, timeout=limit).returncode
+        status = running.wait(limit)
         outcome = "ok" if status == 0 else f"FAILED with status {status}"
-    except subprocess.TimeoutExpired:
+    except BaseException as stop:                                         # Ctrl-C too: its children are in a session of their own
+        os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
+        if not isinstance(stop, subprocess.TimeoutExpired):
+            raise
         outcome = f"STOPPED after its {limit:.0f} s"
     outcome += f", {time.monotonic() - began:.0f} s"
     print(f"== {name}: {outcome}", flush=True)
