@@ -62,6 +62,36 @@ WRONG = {  # exercise → what people write first: why it is wrong → the answe
         "adds without taking away": "return h + s @ R.T @ R",
         "the whole state": "return s",
     },
+    "04.1": {
+        "some twice": "return list(range(min(first, n))), list(range(max(0, n - last), n))",
+        "both halves rounded down": "if first + last <= n:\n    return list(range(first)), list(range(n - last, n))\n"
+                                    "return list(range(min(first, n // 2))), list(range(n - min(last, n // 2), n))",
+        "the prefix takes all it wants": "p = min(first, n)\ns = min(last, n - p)\nreturn list(range(p)), list(range(n - s, n))",
+        "what the suffix leaves is lost": "p = min(first, n // 2)\ns = min(last, n - p)\nreturn list(range(p)), list(range(n - s, n))",
+    },
+    "04.2": {
+        "deviations, not variances": "every = runs.std(correction=0)\n"
+                                     "return runs.mean((1, 2)).std(correction=0) / every, runs.mean((0, 2)).std(correction=0) / every",
+        "ranks and seeds not averaged away": "every = runs.var(correction=0)\n"
+                                             "return runs.var(0, correction=0).mean() / every, runs.var(1, correction=0).mean() / every",
+        "the one for the other": "every = runs.var(correction=0)\n"
+                                 "return runs.mean((0, 2)).var(correction=0) / every, runs.mean((1, 2)).var(correction=0) / every",
+        "within places": "every = runs.var(correction=0)\n"
+                         "return runs.var((1, 2), correction=0).mean() / every, runs.var((0, 2), correction=0).mean() / every",
+    },
+    "05.1": {
+        "from above": "L = torch.linalg.cholesky(M @ M.T)\nreturn torch.linalg.solve_triangular(L, M, upper=False)",
+        "turned around before, not after": "M = M.flip(0)\nL = torch.linalg.cholesky(M @ M.T)\n"
+                                           "return torch.linalg.solve_triangular(L, M, upper=False)",
+        "lengths, not angles": "return M / M.norm(dim=1, keepdim=True)",
+        "orthonormal, but nobody's rows": "return torch.linalg.svd(M, full_matrices=False).Vh",
+    },
+    "05.2": {
+        "the other diagonal": "v = x + y\nreturn torch.eye(len(x)) - 2 * torch.outer(v, v) / (v @ v)",
+        "flattens, mirrors not": "v = x - y\nreturn torch.eye(len(x)) - torch.outer(v, v) / (v @ v)",
+        "v is no unit vector": "v = x - y\nreturn torch.eye(len(x)) - 2 * torch.outer(v, v)",
+        "moves everything else as well": "v = x + y\nreturn 2 * torch.outer(v, v) / (v @ v) - torch.eye(len(x))",
+    },
     "06.1": {
         "forgets the bias": "return l[:, None] * weight, bias",
         "scales the columns": "return (l * weight if weight.shape[0] == weight.shape[1] else l[:, None] * weight), l * bias",
