@@ -26,8 +26,8 @@ def load(path="base", device=None, dtype=None):
     """(model, tokenizer) from "base", the decoder that is shipped, or its small sisters "encoder" and "encoder-decoder"; from a
     folder of ours or Hugging Face's, or a llama2.c .bin. Evaluation mode, gradients off until someone trains it.
 
-    device: where the model goes (None: the CPU); dtype: of its weights (None: float32). Raises FileNotFoundError, or
-    ValueError for a folder that is damaged or foreign.
+    device: where the model goes (None: the CPU; "meta": its shape alone, no weights are read); dtype: of its weights (None:
+    float32). Raises FileNotFoundError, or ValueError for a folder that is damaged or foreign.
     """
     folder = SHIPPED.get(str(path), Path(path))
     if folder.suffix == ".bin" and folder.is_file():
@@ -53,7 +53,7 @@ def load(path="base", device=None, dtype=None):
         if expected.get(name) != found.get(name):
             raise ValueError(f"{folder / 'model.safetensors'} does not fit its config.json: {name} has shape {found.get(name)}, "
                              f"expected {expected.get(name)}")
-    for name in expected:
+    for name in () if torch.device(device or "cpu").type == "meta" else expected:
         huggingface.fill(model, name, files.read_tensor(folder / "model.safetensors", name), device, dtype)
     model.tie()
     model.requires_grad_(False).eval()

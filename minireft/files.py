@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, load
 
 
 def write_bytes(path, data: bytes) -> None:
@@ -75,6 +75,17 @@ def read_tensor(path, name: str) -> Tensor:
     """One tensor of a safetensors file. What is mapped of a file stays in memory until it is closed, so big ones are opened anew."""
     with opened(path) as file:
         return file.get_tensor(name)
+
+
+def read_torch(path) -> dict[str, Tensor]:
+    """A torch file of named tensors, read with weights only, so that no code in it runs. ValueError for anything else."""
+    try:
+        found = load(path, weights_only=True, map_location="cpu")
+    except Exception as error:                                            # torch.load raises whatever it stumbles over
+        raise ValueError(f"{path} holds more than tensors, or is broken ({type(error).__name__}): save it again as safetensors") from error
+    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+        raise ValueError(f"{path} holds a {type(found).__name__}: expected named tensors and nothing else")
+    return found
 
 
 @contextmanager

@@ -7,8 +7,6 @@ See:  the loaded adapter gives the logits of the saved one, to the bit; it is no
 from __future__ import annotations
 
 import json
-from pathlib import Path
-
 from .. import files, formats
 from .bank import Bank
 from .base import Adapter, fingerprint, same_base
@@ -36,7 +34,7 @@ def load_adapter(model, path, force: bool = False, **foreign) -> Adapter:
     Raises FileNotFoundError; ValueError for a file that is no adapter, is damaged, or was made for another base (the
     configuration and weights are compared, whatever the dtype; force=True loads it all the same if the shapes fit).
     """
-    if Path(path).is_dir():
+    if formats.is_foreign(path):
         kind, options, tensors = formats.read_adapter(path, model)
         return fill(model, path, kind, {**options, **foreign}, tensors, base=None)
     if foreign:
@@ -65,6 +63,8 @@ def fill(model, path, kind: str, options: dict, tensors: dict, base: dict | None
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     if expected != found:
         raise ValueError(f"{path} does not fit this model: expected tensors {expected}, found {found}")
+    if model.embed.weight.is_meta:                                        # the adapter's numbers are here, if not its base's
+        adapter.to_empty(device="cpu")
     adapter.load_state_dict(tensors)
     return adapter
 

@@ -184,20 +184,23 @@ def fill(model: Model, name: str, tensor: Tensor, device, dtype) -> None:
 def load(folder, settings: dict, device=None, dtype=None):
     """(model, tokenizer) of a folder with these settings; weights go one by one straight to the device and dtype.
 
-    tokenizer is None without a tokenizer.json. The context ends where a sliding window would begin to hide tokens.
+    tokenizer is None without a tokenizer.json. The context ends where a sliding window would begin to hide tokens. On the meta
+    device nothing is read but shapes, and config.json is enough.
     """
     folder = Path(folder)
     family, config = read_config(settings, folder / "config.json")
-    where, added = find_tensors(folder), {}
+    shapes_only = torch.device(device or "cpu").type == "meta"
+    where = {} if shapes_only and not any(folder.glob("*.safetensors")) else find_tensors(folder)
     tokenizer = read_tokenizer(folder, settings, config)
     headed = any(name.startswith(HEADS) for name in where)                # the files know best which head there is
-    if config.masked_head and not headed:                                 # an encoder's body alone
+    if where and config.masked_head and not headed:                       # an encoder's body alone
         config = replace(config, masked_head=False)
     if config.start is not None and headed:                               # T5 v1.1, whatever its config.json says
         config = replace(config, tied=False)
     with torch.device("meta"):
         model = Model(config)
-    for path, named in plan(folder, family, model, where).items():
+    todo, added = plan(folder, family, model, where) if where else {}, {}
+    for path, named in () if shapes_only else todo.items():
         for name, row in named.items():
             whole = files.read_tensor(path, name)[row.skip :]
             if row.added:                                                 # to what another row fills: when all is there

@@ -92,7 +92,7 @@ def load(path, device=None, dtype=None):
         model = Model(config)
     with open(path, "rb") as file:
         file.seek(start)
-        for ours, name, arrays in layout:
+        for ours, name, arrays in () if torch.device(device or "cpu").type == "meta" else layout:
             numbers, *scales = (np.fromfile(file, kind, n) for kind, n in arrays)
             if name == ROTARY or not len(numbers):
                 continue

@@ -65,11 +65,7 @@ def read(folder, model) -> tuple[str, dict, dict[str, Tensor]]:
 def stored(folder: Path) -> dict[str, Tensor]:
     if (folder / "adapter_model.safetensors").is_file() or not (folder / "adapter_model.bin").is_file():
         return files.read_tensors(folder / "adapter_model.safetensors")[0]
-    try:
-        return torch.load(folder / "adapter_model.bin", weights_only=True, map_location="cpu")
-    except Exception as error:                                            # torch.load raises whatever it stumbles over
-        raise ValueError(f"{folder / 'adapter_model.bin'} holds more than tensors, or is broken ({type(error).__name__}): "
-                         "save it again as safetensors") from error
+    return files.read_torch(folder / "adapter_model.bin")
 
 
 def sort_out(tensors: dict[str, Tensor], model, folder) -> dict[tuple[str, ...], dict[str, dict[int, Tensor]]]:
