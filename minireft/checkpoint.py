@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from . import files
-from .formats import huggingface, llama2c
+from .formats import hub, huggingface, llama2c
 from .model import Model, ModelConfig
 from .tokenizer import Tokenizer
 
@@ -24,12 +24,12 @@ HUGGING_FACE = "a folder of Hugging Face's"
 
 def load(path="base", device=None, dtype=None):
     """(model, tokenizer) from "base", the decoder that is shipped, or its small sisters "encoder" and "encoder-decoder"; from a
-    folder of ours or Hugging Face's, or a llama2.c .bin. Evaluation mode, gradients off until someone trains it.
+    folder of ours or Hugging Face's, a llama2.c .bin, or "org/name" of the hub. Evaluation mode, gradients off until someone trains it.
 
     device: where the model goes (None: the CPU; "meta": its shape alone, no weights are read); dtype: of its weights (None:
     float32). Raises FileNotFoundError, or ValueError for a folder that is damaged or foreign.
     """
-    folder = SHIPPED.get(str(path), Path(path))
+    folder = hub.fetch(path) if hub.is_name(path) else SHIPPED.get(str(path), Path(path))
     if folder.suffix == ".bin" and folder.is_file():
         return llama2c.load(folder, device, dtype)
     if not (folder / "config.json").is_file():

@@ -115,6 +115,19 @@ def convert(args) -> None:
     print(f"wrote {args.dst} ({args.to}): {convert(args.src, args.dst, args.base, args.to, dtype, **foreign)}")
 
 
+def merge(args) -> None:
+    """Writes a base with an adapter folded into its weights."""
+    from .formats.convert import merge
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    print(f"wrote {args.dst} ({args.to}): the base with {merge(args.base, args.adapter, args.dst, args.to, dtype, args.force)}")
+
+
+def inspect(args) -> None:
+    """Prints what lies at a path."""
+    from .formats.overview import overview
+    print(overview(args.path, args.base))
+
+
 def bench(args) -> None:
     """Runs the program in benchmarks/, outside the package, that belongs to this command, with its own options."""
     program = Path(minireft.__file__).parent.parent / "benchmarks" / PROGRAMS[getattr(args, "what", args.command)]
@@ -193,6 +206,8 @@ COMMANDS = {                            # in the order of --help
                  doctor: "what is installed here, and what is missing"},
     "tools": {pretrain: "train a base from nothing",
               convert: "write a base or an adapter in another program's form",
+              merge: "write a base with a LoRA or (IA)3 folded into its weights",
+              inspect: "what a base or an adapter is, and what each method would train on it",
               bench: "time kernels, training and generation beside others (in a clone)",
               profile: "count what a CUDA kernel does, without a GPU (in a clone)",
               analyse: "fine-tune with noise and without, and see what changes (in a clone)"},
@@ -290,6 +305,17 @@ def build_parser() -> argparse.ArgumentParser:
 
     p[analyse].add_argument("what", choices=("neftune",), help="its options: --seeds N, --quick, --out FOLDER (runs/neftune)")
 
+    add = p[merge].add_argument
+    add("adapter", metavar="ADAPTER", help="a LoRA or an (IA)3 (ours, PEFT's, T-Few's)")
+    add("dst", metavar="TO", help="a new folder")
+    add("--base", default="base", metavar="FOLDER", help="the base that it is for (default: the one that is shipped)")
+    add("--to", choices=("huggingface", "minireft"), default="huggingface", metavar="FORM", help="huggingface (default) or minireft")
+    add("--force", action="store_true", help="merge an adapter that was made for another base")
+
+    add = p[inspect].add_argument
+    add("path", metavar="PATH", help="a base or an adapter, in any form that `convert` reads")
+    add("--base", metavar="FOLDER", help="the base of an adapter that does not describe it: pyreft's, PEFT's, T-Few's")
+
     add = p[convert].add_argument
     add("src", metavar="FROM", help="a base (ours, Hugging Face's folder, llama2.c's .bin) or, with --base, an adapter "
         "(ours, pyreft's, PEFT's)")
@@ -298,8 +324,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="minireft (default) or huggingface for a base; minireft, pyreft or peft for an adapter")
     add("--base", metavar="FOLDER", help="the base that the adapter is for")
     add("--positions", metavar="WHERE", help="of a pyreft folder, which does not say: fN+lM (default: f7+l7)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), metavar="NAME",
-        help="of a base's stored weights: float32 (default), bfloat16, float16")
+    for command in (convert, merge):
+        p[command].add_argument("--dtype", choices=("float32", "bfloat16", "float16"), metavar="NAME",
+                                help="of a base's stored weights: float32 (default), bfloat16, float16")
     return parser
 
 

@@ -8,6 +8,8 @@ import json
 import re
 import shutil
 import struct
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -287,6 +289,29 @@ def test_a_folder_s_tokenizer_fits_its_model_and_ends_its_texts(tmp_path):
     inner.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match="has 30 tokens, and config.json a vocabulary of 29"):
         minireft.load(tmp_path)
+
+
+def test_a_name_on_the_hub(tmp_path, monkeypatch):
+    write(tmp_path / "snapshot", LLAMA, llama_tensors(LLAMA))
+    asked = []
+
+    def snapshot_download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        if name != "some-org/Tiny-1.0":
+            raise OSError("404: no such\nrepository")
+        return str(tmp_path / "snapshot")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
+    assert minireft.load("some-org/Tiny-1.0")[0].config.width == 16
+    assert not any(name.endswith((".bin", ".pt", "*")) for name in asked[0][1])            # nothing pickled is fetched
+    with pytest.raises(FileNotFoundError, match="no base at some-org/other, and the hub gave .*OSError: 404: no such repository"):
+        minireft.load("some-org/other")
+    with pytest.raises(FileNotFoundError, match="no base at snapshot/typo: expected 'base' or a folder"):
+        minireft.load("snapshot/typo")                                    # a mistyped path: nobody is asked
+    assert [name for name, _ in asked] == ["some-org/Tiny-1.0", "some-org/other"]
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(FileNotFoundError, match="pip install huggingface_hub"):
+        minireft.load("some-org/Tiny-1.0")
 
 
 def test_weights_of_another_size_are_found_before_any_is_read(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Other people's files, one module each: huggingface.py, llama2c.py (bases), pyreft.py, peft.py, tfew.py (adapters),
+"""Other people's files, one module each: huggingface.py, hub.py, llama2c.py (bases), pyreft.py, peft.py, tfew.py (adapters),
 convert.py.
 
 Use:  minireft.load(path) and minireft.load_adapter(model, path) look at what lies there and come here by themselves

@@ -24,7 +24,7 @@ VECTORS = {"ffn.up": "ffn", "ffn.down": "ffn_output", **{
 
 
 def is_file(path) -> bool:
-    return Path(path).suffix in (".pt", ".pth", ".bin") and Path(path).is_file()
+    return Path(path).suffix in (".pt", ".pth") and Path(path).is_file()
 
 
 def places(config) -> dict[str, tuple[str, int]]:
