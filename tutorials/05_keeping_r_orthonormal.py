@@ -297,9 +297,8 @@ import matplotlib.pyplot as plt
 figure, (left, middle) = plt.subplots(1, 2, figsize=(10, 4.2), width_ratios=(1, 1.3))
 for (name, times), marker in zip(took.items(), "os"):
     left.loglog(widths, [1000 * t for t in times], f"{marker}-", label=name)
-left.set(xlabel="C", ylabel="milliseconds, forward and backward", title="What R costs (this machine)", xticks=widths)
+left.set(xlabel="C", ylabel="milliseconds, forward and backward", title="What R costs (this machine)")
 left.set_xticks(widths, labels=widths)
-left.minorticks_off()
 left.legend()
 for name, colour in (("mirrors", "C0"), ("Cholesky", "C1"), ("mirrors, from R alone", "C2"), ("plain R", "C3")):
     middle.semilogy(ways[name], color=colour, label=name)
