@@ -21,7 +21,7 @@ from minireft import tasks
 from minireft.formats import datasets
 from minireft.recipes import METHODS, RECIPES, recipe
 
-PROGRAMS = {"bench": "bench.py", "profile": "profile_kernel.py", "neftune": "neftune.py"}
+PROGRAMS = {"bench": "bench.py", "profile": "profile_kernel.py", "neftune": "neftune.py", "reproduce": "reproduce/run.py"}
 # What `tune` can change of a recipe or a method: an option of its adapter, or a field of TrainConfig.
 SETTINGS = ("rank", "layers", "positions", "tied", "sites", "init_scale", "layer_norm", "neftune", "epochs", "steps", "batch_size", "lr",
             "optimizer", "schedule", "warmup", "weight_decay", "losses", "pack")
@@ -130,9 +130,10 @@ def inspect(args) -> None:
 
 def bench(args) -> None:
     """Runs the program in benchmarks/, outside the package, that belongs to this command, with its own options."""
-    program = Path(minireft.__file__).parent.parent / "benchmarks" / PROGRAMS[getattr(args, "what", args.command)]
+    name = PROGRAMS[getattr(args, "what", args.command)]
+    program = Path(minireft.__file__).parent.parent / "benchmarks" / name
     if not program.is_file():
-        raise ValueError(f"`minireft {args.command}` needs benchmarks/{program.name}, which is not installed: "
+        raise ValueError(f"`minireft {args.command}` needs benchmarks/{name}, which is not installed: "
                          "run it in a clone of the source")
     sys.exit(subprocess.call([sys.executable, str(program), *args.options]))
 
@@ -144,6 +145,11 @@ def profile(args) -> None:
 
 def analyse(args) -> None:
     """Again, one for each thing to analyse."""
+    bench(args)
+
+
+def reproduce(args) -> None:
+    """And the papers' claims."""
     bench(args)
 
 
@@ -210,7 +216,8 @@ COMMANDS = {                            # in the order of --help
               inspect: "what a base or an adapter is, and what each method would train on it",
               bench: "time kernels, training and generation beside others (in a clone)",
               profile: "count what a CUDA kernel does, without a GPU (in a clone)",
-              analyse: "fine-tune with noise and without, and see what changes (in a clone)"},
+              analyse: "fine-tune with noise and without, and see what changes (in a clone)",
+              reproduce: "run the papers' claims in miniature (in a clone)"},
 }
 
 
@@ -225,7 +232,7 @@ def build_parser() -> argparse.ArgumentParser:
     p = {}
     for group in COMMANDS.values():
         for command, text in group.items():
-            p[command] = commands.add_parser(command.__name__, add_help=command not in (bench, profile),
+            p[command] = commands.add_parser(command.__name__, add_help=command not in (bench, profile, reproduce),
                                              description=text[0].upper() + text[1:] + ".")
             p[command].set_defaults(run=command)
 
@@ -335,7 +342,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = build_parser()
     args, args.options = parser.parse_known_args(argv)
-    if args.options and args.run not in (bench, profile, analyse):
+    if args.options and args.run not in (bench, profile, analyse, reproduce):
         parser.error(f"unrecognized arguments: {' '.join(args.options)}")
     args.argv = argv
     try:

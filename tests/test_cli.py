@@ -102,7 +102,7 @@ def test_doctor_and_help():
     assert verbs[:5] == ["demo", "tune", "generate", "evaluate", "doctor"] and "pretrain" in verbs[5:]
 
 
-@pytest.mark.parametrize("tool", ["bench", "profile", "analyse"])
+@pytest.mark.parametrize("tool", ["bench", "profile", "analyse", "reproduce"])
 def test_tools_that_need_the_source(tool, tmp_path, refused, monkeypatch):
     shown = minireft_process(tool, "--help")
     assert shown.returncode == 0 and f"usage: minireft {tool}" in shown.stdout.replace("kernels.py", "minireft bench")

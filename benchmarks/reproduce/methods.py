@@ -1,0 +1,141 @@
+"""What is compared: every method on every base and task, trained the same way and scored by what it writes.
+
+Use:  score("base", "facts", "LoReFT", lr=1.5e-2, seed=1, items=..., scale=FULL)["accuracy"]
+See:  one grid of learning rates for all; whatever cannot be right with the first word is written out greedily.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import minireft
+from minireft import IA3, RED, Bottleneck, DiReFT, DoRA, LoRA, LoReFT, PrefixTuning, PromptTuning, TrainConfig, tasks
+from minireft.data import Example, encode_prompt, order
+from minireft.generation import generate_ids
+from minireft.pretraining import QUICK, pretrain
+from minireft.tasks.corpus import SKILLS
+from minireft.tasks.world import CONTENT
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SISTER = ROOT / "runs" / "sister"       # pre-trained with another seed, and smaller: `minireft pretrain --quick --seed 1`
+RATES = (5e-4, 3e-3, 1.5e-2, 7e-2)
+METHODS = {                             # method → what stands on the model
+    "frozen": lambda m: [],
+    "in context": lambda m: [],
+    "LoReFT": lambda m: [LoReFT(m, rank=4, positions="f7+l7")],
+    "DiReFT": lambda m: [DiReFT(m, rank=4, positions="f7+l7")],
+    "(IA)³": lambda m: [IA3(m)],
+    "RED": lambda m: [RED(m)],
+    "LoRA, q and v": lambda m: [LoRA(m, rank=4, alpha=8)],
+    "LoRA, matched": lambda m: [LoRA(m, rank=2, alpha=4)],                # on q and v, with LoReFT's number of parameters
+    "LoRA, all": lambda m: [LoRA(m, rank=4, alpha=8, sites="all")],
+    "DoRA, all": lambda m: [DoRA(m, rank=4, alpha=8, sites="all")],
+    "prompt tuning": lambda m: [PromptTuning(m, tokens=8)],
+    "prefix tuning": lambda m: [PrefixTuning(m, tokens=4)],
+    "adapter, serial": lambda m: [Bottleneck(m, width=2)],
+    "adapter, parallel": lambda m: [Bottleneck(m, width=4, form="parallel")],
+    "full": lambda m: []}
+UNTRAINED = ("frozen", "in context")
+TRAINED = {"steering": (32, 100)}       # task → (training examples, steps); others (600, 150)
+
+
+# ---- bases and tasks
+
+@functools.lru_cache(maxsize=1)
+def weights(base: str):
+    """The base's folder, in memory."""
+    model, tokenizer = minireft.load("base" if base == "shipped" else SISTER)
+    return model, tokenizer, {name: p.clone() for name, p in model.state_dict().items()}
+
+
+def fresh(base: str):
+    """(model, tokenizer), as loaded."""
+    model, tokenizer, state = weights(base)
+    model.load_state_dict(state)
+    return model, tokenizer
+
+
+def ensure(base: str, quick: bool) -> None:
+    """Pre-trains the sister where it is not there yet: some minutes."""
+    if base == "sister" and not SISTER.exists():
+        pretrain(SISTER, seed=1, recipe=replace(QUICK, steps=20) if quick else QUICK)
+
+
+def steering(split: str, count: int) -> list[Example]:
+    """A separator that meant nothing in particular now means one of the skills that the base has: `a b c =` asks for c b a."""
+    draw, found = random.Random(f"steering {split}"), []
+    while len(found) < count:
+        words = draw.sample(CONTENT, draw.randint(3, 5))
+        if tasks.split_of("steering", " ".join(sorted(words))) == split:
+            found.append(Example(" ".join(words) + " =", " ".join(SKILLS["reverse"][0](words)) + " .", id=len(found)))
+    return found
+
+
+def examples(task: str, split: str, count: int) -> list[Example]:
+    return steering(split, count) if task == "steering" else tasks.load(task, split, count)
+
+
+def training_set(task: str, seed: int, count: int) -> list[Example]:
+    """`count` training examples, another draw for another seed."""
+    every = steering("train", 2000) if task == "steering" else tasks.load(task, "train")
+    return [every[i] for i in order(len(every), seed, 0, count)]
+
+
+# ---- one cell
+
+def in_context(tokenizer, shown: list[Example], asked: Example, room: int) -> Example:
+    """`asked` behind as many examples with their answers as fit."""
+    front = []
+    for shot in shown:
+        text = f"{shot.prompt} {shot.completion}"
+        room -= len(tokenizer.encode(text))
+        if room < 0:
+            break
+        front.append(text)
+    return replace(asked, prompt=" ".join([*front, asked.prompt]))
+
+
+def accuracy(model, tokenizer, task: str, asked: list[Example], originals: list[Example]) -> float:
+    """The share of right answers, written greedily: exactly the completion, or an instruction obeyed."""
+    longest = max(len(tokenizer.encode(e.completion)) for e in originals) + 6
+    prompts, written = [encode_prompt(tokenizer, e.prompt, model.config.context - 1) for e in asked], []
+    for first in range(0, len(prompts), 64):
+        written += generate_ids(model, prompts[first : first + 64], longest, tokenizer.eos_id)
+    right = [tasks.check(task, e, tokenizer.decode(ids)) for e, ids in zip(originals, written)]
+    return sum(right) / len(right)
+
+
+def score(base: str, task: str, method: str, lr: float, seed: int, items: list, scale, make=None) -> dict:
+    """Trains `method` (or what `make` puts on the model) at this rate and seed, and scores it: {"accuracy": ..., "parameters": ...}."""
+    model, tokenizer = fresh(base)
+    count, steps = TRAINED.get(task, (600, 150))
+    train = training_set(task, seed, count)
+    torch.manual_seed(seed)
+    adapters = (make or METHODS[method])(model)
+    virtual = next((a for a in adapters if hasattr(a, "examples")), None)
+    prepared = virtual.examples if virtual else list
+    asked = items
+    if method == "in context":
+        longest = max(len(tokenizer.encode(f"{e.prompt} {e.completion}")) for e in items)
+        asked = [in_context(tokenizer, train, e, model.config.context - 8 - longest) for e in items]
+    diverged = False
+    if method not in UNTRAINED:
+        config = TrainConfig(steps=scale.steps(steps), lr=lr, seed=seed, full=method == "full")
+        try:
+            minireft.train(model, adapters, prepared(train), config, tokenizer, progress=False)
+        except FloatingPointError:
+            diverged = True
+    parameters = sum(p.numel() for p in model.parameters()) if method == "full" else sum(a.num_parameters() for a in adapters)
+    for adapter in adapters:
+        adapter.attach()
+    try:
+        right = 0.0 if diverged else accuracy(model, tokenizer, task, prepared(asked), items)
+    finally:
+        for adapter in adapters:
+            adapter.detach()
+    return {"accuracy": right, "parameters": parameters, **({"diverged": True} if diverged else {})}

@@ -1,0 +1,229 @@
+"""`minireft reproduce`: selection cannot see the test items, a stopped run goes on, and a page says what the cells say.
+
+Run:  pytest tests/test_reproduce.py              # -m slow runs every claim with --quick
+See:  a claim of made-up numbers through the whole machinery, and one real cell of each kind that trains.
+"""
+
+import ast
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import minireft
+from benchmarks.reproduce import ablation, engine, methods, noise, report, run
+from benchmarks.reproduce.claims import CLAIMS
+from minireft import tasks
+
+FOLDER = Path(run.__file__).parent
+TINY = engine.Scale("tiny", seeds=3, items=4, validation=3, share=0.02)
+
+
+def toy(log, stop=None):
+    """A claim whose numbers are a formula: the best value is 0.3 on validation items and 0.1 on test items."""
+    def measure(base, task, method, value, seed, items, scale):
+        log.append((base, task, method, value, seed, tuple(items)))
+        if stop and len(log) == stop:
+            raise KeyboardInterrupt
+        best = 0.3 if items[0].startswith("validation") else 0.1
+        return {"accuracy": 1 - abs(value - best) + 0.01 * seed * (method == "b"), "parameters": 7}
+
+    def split(task, name, count):
+        log.append(name)
+        return [f"{name} {i}" for i in range(count)]
+    return engine.Claim("toy", "Better", "80.2", "Small.", (("one", "x"), ("two", "x")), {"a": (0.1, 0.3), "b": (0.1, 0.3, 0.9), "c": (0.0,)},
+                        measure, split, lambda found: report.compared(found, "a", ("b",)), reference="a")
+
+
+# ------------------------------------------------------------------------------------------- selection and the test items
+
+def test_selection_ends_before_the_test_is_opened(tmp_path):
+    log, store = [], engine.Store(tmp_path)
+    claim = toy(log)
+    engine.run_claim(claim, store, TINY)
+    for base in ("one", "two"):
+        mine = [entry for entry in log if isinstance(entry, str) or entry[0] == base]
+        assert {items[0].split()[0] for *_, seed, items in (e for e in mine if not isinstance(e, str)) if seed == 0} == {"validation"}
+        assert {items[0].split()[0] for *_, seed, items in (e for e in mine if not isinstance(e, str)) if seed} == {"test"}
+    assert [entry for entry in log if isinstance(entry, str)] == ["validation", "test"] * 2
+    first = log.index("test")
+    assert all(entry[4] == 0 for entry in log[1:first]) and len(log[1:first]) == 5        # 2 + 3 values; "c" has nothing to select
+    tested = {(method, value) for _, _, method, value, seed, _ in (e for e in log if not isinstance(e, str)) if seed}
+    assert tested == {("a", 0.3), ("b", 0.3), ("c", 0.0)}                 # what validation says, although 0.1 is better in the test
+    openings = [json.loads(line) for line in store.openings.read_text().splitlines()]
+    assert [(o["base"], o["chosen"]) for o in openings] == [(base, {"a": 0.3, "b": 0.3, "c": 0.0}) for base in ("one", "two")]
+
+
+def test_the_test_stays_closed_while_a_selection_cell_is_missing(tmp_path):
+    log, store = [], engine.Store(tmp_path)
+    claim = toy(log)
+    engine.run_claim(claim, store, TINY)
+    store.cells = {key: cell for key, cell in store.cells.items() if not (cell["phase"] == "select" and cell["value"] == 0.9)}
+    log.clear()
+    with pytest.raises(ValueError, match="1 selection cells.*stays closed"):
+        engine.open_test(claim, "one", "x", TINY, store)
+    assert log == []
+
+
+def test_another_choice_after_the_opening_is_refused(tmp_path):
+    store = engine.Store(tmp_path)
+    engine.run_claim(toy([]), store, TINY)
+    for cell in store.cells.values():
+        if cell["phase"] == "select" and cell["method"] == "a":
+            cell["accuracy"] = 1 - cell["accuracy"]                       # somebody changes their mind
+    with pytest.raises(ValueError, match="were opened on .* with other choices"):
+        engine.open_test(toy([]), "one", "x", TINY, store)
+
+
+def test_one_function_asks_for_test_items():
+    asked = []
+    for path in FOLDER.glob("*.py"):
+        for function in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)):
+            for call in (node for node in ast.walk(function) if isinstance(node, ast.Call)):
+                name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+                if name in ("split", "load", "items", "examples", "open_ended", "steering", "test") and any(
+                        isinstance(a, ast.Constant) and a.value == "test" for a in (*call.args, *(k.value for k in call.keywords))):
+                    asked.append((path.name, function.name))
+    assert asked == [("engine.py", "open_test")]
+
+
+def test_a_real_selection_reads_no_test_item(tmp_path, monkeypatch):
+    whole = tasks.load
+
+    def closed(name, split, limit=None):
+        assert split != "test", "selection read the test split"
+        return whole(name, split, limit)
+    monkeypatch.setattr(tasks, "load", closed)
+    claim = replace(ablation.CLAIM, units=(("shipped", "facts"),), methods={"LoReFT": (1e-3, 1e-2)})
+    store = engine.Store(tmp_path)
+    with pytest.raises(AssertionError, match="selection read the test split"):            # the first thing after selection
+        engine.run_claim(claim, store, TINY)
+    assert {cell["phase"] for cell in store.cells.values()} == {"select"} and len(store.cells) == 2
+    assert store.openings.exists()                                        # on record before any item is seen
+
+
+# ------------------------------------------------------------------------------------------------------------- resumption
+
+def test_a_stopped_run_goes_on_to_the_same_page(tmp_path):
+    page = {}
+    for name, stops in (("whole", ()), ("stopped", (3, 5, 9))):
+        store = engine.Store(tmp_path / name)
+        for stop in stops:
+            with pytest.raises(KeyboardInterrupt):
+                engine.run_claim(toy([], stop), store, TINY)
+            store = engine.Store(tmp_path / name)                         # as a new process finds it
+        before, log = len(store.cells), []
+        engine.run_claim(toy(log), store, TINY)
+        assert sum(not isinstance(entry, str) for entry in log) == 28 - before             # 2 × (5 + 9), and none twice
+        report.write([toy([])], store, TINY)
+        page[name] = [(tmp_path / name / file).read_text() for file in ("toy.json", "RESULTS.md")]
+        assert len(store.path.read_text().splitlines()) == 28
+    assert page["whole"] == page["stopped"] and "complete" in page["whole"][1]
+
+
+def test_time_that_is_up_leaves_a_page_that_says_so(tmp_path):
+    store = engine.Store(tmp_path)
+    engine.run_claim(toy([]), store, TINY, until=0)
+    assert not store.cells
+    report.write([toy([])], store, TINY)
+    assert "**State:** not run." in (tmp_path / "RESULTS.md").read_text()
+    engine.run_claim(toy([]), store, TINY, units=[("two", "x")])
+    report.write([toy([])], store, TINY)
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "partly: 14 of 28 cells" in text and "> **Published, not ours.** 80.2" in text and (tmp_path / "toy.png").stat().st_size > 5000
+
+
+def test_the_table_s_numbers_and_the_sentences():
+    rows = {"a": [{"seed": s, "accuracy": x} for s, x in ((1, 0.5), (2, 0.7), (3, 0.9))], "b": [{"seed": s, "accuracy": x} for s, x in ((3, 0.8), (2, 0.5))]}
+    mean, half, n = report.paired(rows, ("a", "b"), "accuracy")
+    assert (round(mean, 9), n) == (0.15, 2) and half == pytest.approx(12.706 * 0.05)       # differences 0.2 and 0.1: std √2/20, over √2
+    assert report.differences({("base", "t"): rows, ("other", "t"): {"a": rows["a"]}}, "t", "it", ("a", "b")) == [
+        "it (base, t): +0.150 ± 0.635 (2 seeds): no difference shown"]
+    assert report.said(0.2, 0.1, 5).endswith("more") and report.said(-0.2, 0.1, 5).endswith("less")
+
+
+# --------------------------------------------------------------------------------------------------------- cells that train
+
+@pytest.mark.parametrize("method", ("frozen", "in context", "LoReFT", "prompt tuning", "prefix tuning", "full"))
+def test_a_cell_is_the_same_twice_and_leaves_the_base_alone(method):
+    items = methods.examples("steering", "validation", 6)
+    before = {name: p.clone() for name, p in methods.fresh("shipped")[0].state_dict().items()}
+    first, again = (methods.score("shipped", "steering", method, 1e-2, 3, items, TINY) for _ in range(2))
+    assert first == again and (first["parameters"] == 0) == (method in methods.UNTRAINED)
+    model, _ = methods.fresh("shipped")
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items()) and model.adapters == []
+
+
+def test_examples_in_the_prompt_are_read():
+    model, tokenizer = methods.fresh("shipped")
+    shown, asked = (methods.examples("facts", "train", 20), methods.examples("facts", "validation", 1)[0])
+    full = methods.in_context(tokenizer, shown, asked, 90)
+    assert full.prompt.endswith(asked.prompt) and full.prompt.startswith(f"{shown[0].prompt} {shown[0].completion} ") and full.completion == asked.completion
+    assert 60 < len(tokenizer.encode(full.prompt)) <= 90 + len(tokenizer.encode(asked.prompt))
+    assert methods.in_context(tokenizer, shown, asked, 3) == asked
+
+
+def test_the_splits_of_what_is_made_here_do_not_meet():
+    key = {"steering": lambda e: " ".join(sorted(e.prompt.split()[:-1])),
+           "open-ended": lambda e: tuple(w for w in e.prompt.split() if w in noise.WORLD.known)}
+    made = {"steering": methods.steering, "open-ended": noise.open_ended}
+    for name, make in made.items():
+        keys = {split: {key[name](e) for e in make(split, 60)} for split in ("train", "validation", "test")}
+        assert not keys["train"] & keys["test"] and not keys["validation"] & (keys["train"] | keys["test"]) and make("test", 5) == make("test", 60)[:5]
+    words = methods.steering("test", 1)[0]
+    assert words.completion == " ".join(words.prompt.split()[:-1][::-1]) + " ."
+
+
+def test_truth_is_of_whoever_was_asked_about_and_said_once():
+    examples = noise.open_ended("validation", 40)
+    assert all(noise.truth(e.prompt, e.completion) == 1 for e in examples)
+    prompt, said = examples[0].prompt, noise.WORLD.say("anna", "home")
+    assert noise.truth("please write about anna . ->", f"{said} . {said} .") == 0.5 and noise.truth("please write about ben . ->", f"{said} .") == 0
+    assert noise.truth(prompt, "") == 0 == noise.truth(prompt, "nonsense .")
+
+
+def test_the_formulas_that_are_only_here():
+    model, _ = methods.fresh("shipped")
+    torch.manual_seed(0)
+    plain = ablation.Unsubtracted(model, rank=3)
+    for p in plain.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    W, V, R, b = plain.parts()
+    assert V.eq(0).all() and torch.allclose(R @ R.mT, torch.eye(3).expand(8, 1, 3, 3), atol=1e-5) and W is plain.w
+    tokens = torch.arange(3, 13)[None]
+    quiet = model(tokens)
+    with noise.Dropout(model, 0.5):
+        assert torch.equal(model(tokens), quiet)
+        assert not torch.equal(model.train()(tokens), quiet)
+    assert torch.equal(model.eval()(tokens), quiet) and model.embed.edits == []
+
+
+# ------------------------------------------------------------------------------------------------------------ the program
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--claim", "nothing"], "there is no claim 'nothing': choose from efficiency, places"), (["--claim", "shots", "--unit", "x/y"], "shots has no unit 'x/y'"),
+    (["--workers", "0"], "--workers 0 --minutes inf: expected at least 1 process"), (["--minutes", "-1"], "minutes from 0")])
+def test_a_mistake_is_one_line(arguments, words, capsys, tmp_path):
+    assert run.main([*arguments, "--out", str(tmp_path / "new")]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1 and error.startswith("minireft: ") and not (tmp_path / "new").exists()
+
+
+def test_every_claim_says_what_was_published_and_what_would_tell():
+    assert list(CLAIMS) == ["efficiency", "places", "ablation", "noise", "shots", "memory", "overhead"]
+    for claim in CLAIMS.values():
+        assert claim.published and "experiment that would tell" in claim.why and claim.units and (claim.reference in claim.methods)
+        assert len({len(grid) for grid in claim.methods.values() if len(grid) > 1}) <= 1   # equal grids
+        assert claim.verdict({}) == []
+
+
+@pytest.mark.slow
+def test_quick_runs_everything(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "minireft", "reproduce", "--quick", "--out", str(tmp_path)], capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert text.count("**State:** complete") == len(CLAIMS) == len(list(tmp_path.glob("*.png")))
