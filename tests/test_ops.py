@@ -167,6 +167,25 @@ def test_many_rows_same_bits_on_any_number_of_threads(backend):
             assert_close(runs[0][n], plain[n], truth[n], magnitude[n])
 
 
+@pytest.mark.parametrize("backend", BACKENDS[:1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_results_written_past_the_caches_have_the_bits_of_small_ones(backend, dtype):
+    """Twelve MiB and more at once, and the same rows in two halves."""
+    torch.manual_seed(0)
+    N, C = (12 << 20) // (512 * dtype.itemsize), 512
+    h, g, up = (torch.randn(N, C).to(dtype) for _ in range(3))
+    down, l = (torch.randn(2, C).to(dtype) for _ in range(2))
+
+    def all_of(h, g, up):
+        h, up = h.clone().requires_grad_(), up.clone().requires_grad_()
+        outs = (ops.low_rank_edit(h, down / 23, down, l[0, :2]), ops.gelu_scale(h, l[0]), ops.swiglu_scale(h, up, l[1]))
+        return [*outs, *torch.autograd.grad(outs, [h, up], [g, g, g])]
+
+    with ops.use(backend):
+        halves = [all_of(*(x[rows] for x in (h, g, up))) for rows in (slice(0, N // 2), slice(N // 2, N))]
+        assert all(torch.equal(whole, torch.cat(parts)) for whole, *parts in zip(all_of(h, g, up), *halves))
+
+
 @pytest.mark.parametrize("N, C, r, dtype", [(4, 40, 16, "float32"), (30, 40, 16, "float32"), (30, 40, 48, "bfloat16")])
 def test_where_blas_is_faster_the_values_stay(N, C, r, dtype):
     """Without a forced backend: fewer rows than ranks, and what stays in cache at high ranks."""

@@ -18,6 +18,7 @@ void forward(const Edit& e, const EditForward& f) {
   if (f.delta && (e.positions.data || e.tasks.data)) std::fill_n((F*)f.delta, N * r, F(0));
   // Four rows at a time while D and A fit in a core's cache, otherwise more rows share one reading of them.
   const int64_t tile = 2 * r * C * sizeof(W) <= (512 << 10) ? ROWS : 16, width = VECTORS * lanes<T>;
+  const bool past = f.out.data != f.h.data && streams<T>(f.out, N, C);
   for (const Group& group : group_rows(e)) {
     const W* down = D.data + group.bank * r * C;
     const F* bias = b.data + group.bank * r;
@@ -48,9 +49,10 @@ void forward(const Edit& e, const EditForward& f) {
         for (int64_t c = 0; c < C; c += step)
           in_groups<ROWS>(rows, [&](int64_t i, auto R) {
             add_products<T, M, R>(x + i, out + i, factors + i * n_units, up.data(), n_units, c, std::min(c + step, C),
-                                  rows > ROWS ? nullptr : next);
+                                  rows > ROWS ? nullptr : next, past);
           });
       }
+      fence();
     });
   }
 }

@@ -16,7 +16,7 @@ void backward(const Edit& e, const EditBackward& f) {
   using M = multiplier<W>;
   const int64_t C = e.C, r = e.r, n_units = units<M>(r);
   const Wide<W> D(f.down, e.weight_dtype, e.K * r * C), A(f.up, e.weight_dtype, e.K * r * C);
-  const bool want_weights = f.ddown, want_h = f.dh.data;
+  const bool want_weights = f.ddown, want_h = f.dh.data, past = want_h && streams<T>(f.dh, e.B * e.P, C);
   if (want_weights)
     with_type(e.weight_dtype, [&](auto t) {
       std::memset(f.ddown, 0, e.K * r * C * sizeof t);
@@ -63,13 +63,15 @@ void backward(const Edit& e, const EditBackward& f) {
           in_groups<GROUP>(rows, [&](int64_t i, auto R) {
             const auto pass = [&](auto H, auto G) {
               gradients<T, M, R, H.value, G.value>(g + i, h + i, dh + i, u_ranks + i * n_units, u_rows + i / per<M> * r,
-                                                   delta_rows + i / per<M> * r, down.data(), dD, dA, r, c, std::min(c + width, C));
+                                                   delta_rows + i / per<M> * r, down.data(), dD, dA, r, c, std::min(c + width, C),
+                                                   past);
             };
             if (want_h && want_weights) pass(std::true_type{}, std::true_type{});
             else if (want_h) pass(std::true_type{}, std::false_type{});
             else if (want_weights) pass(std::false_type{}, std::true_type{});
           });
       }
+      fence();
     });
     if (!want_weights) continue;
     for (int64_t piece = 1; piece < pieces; ++piece)

@@ -37,7 +37,7 @@ void dot_block(const T* const* x, const W* w, int64_t C, wide<T>* out, int64_t r
   for (int j = 0; j < MOST; ++j) acc[j] = vec<T>{};
   over_row<X>(C / per<X>, [&](int64_t c, auto load, auto) __attribute__((always_inline)) {
     decltype(load((const X*)x[0])) xs[R];
-    for (int i = 0; i < R; ++i) xs[i] = load((const X*)x[i] + c);
+    for (int i = 0; i < R; ++i) xs[i] = load((const X*)x[i] + c), hold(xs[i]);
     for (int q = 0; q < Q; ++q) {
       auto ws = load((const Y*)(w + q * C) + c);
       hold(ws);
@@ -134,13 +134,13 @@ inline __attribute__((always_inline)) void add_block(const T* const* x, T* const
     for (int v = 0; v < V; ++v) store_row(out[i] + c + v * L, acc[i][v]);
 }
 
-// The same for columns begin … end of R rows.
+// The same for columns begin … end of R rows, written past the caches or not.
 template <class T, class M, int R>
 void add_products(const T* const* x, T* const* out, const M* f, const M* W, int64_t n, int64_t begin, int64_t end,
-                  const T* const* next) {
+                  const T* const* next, bool past) {
   constexpr int64_t L = lanes<T>;
   const auto whole_load = [](auto* p) __attribute__((always_inline)) { return load(p); };
-  const auto whole_store = [](auto* p, auto v) __attribute__((always_inline)) { store(p, v); };
+  const auto whole_store = [past](auto* p, auto v) __attribute__((always_inline)) { past ? stream(p, v) : store(p, v); };
   int64_t c = begin;
   for (; c + VECTORS * L <= end; c += VECTORS * L)
     add_block<T, M, R, VECTORS>(x, out, f, W, n, c, whole_load, whole_store, next);
@@ -156,7 +156,7 @@ void add_products(const T* const* x, T* const* out, const M* f, const M* W, int6
 // as multipliers of D's ranks and, like δ, as multipliers of rows.
 template <class T, class M, int R, bool WANT_H, bool WANT_WEIGHTS>
 void gradients(const T* const* g, const T* const* h, T* const* dh, const M* u_ranks, const M* u, const M* delta, const M* D,
-               wide<T>* dD, wide<T>* dA, int64_t r, int64_t begin, int64_t end) {
+               wide<T>* dD, wide<T>* dA, int64_t r, int64_t begin, int64_t end, bool past) {
   constexpr int64_t L = lanes<T>, J = (R + per<M> - 1) / per<M>;           // multipliers of rows: rows, or pairs of them
   const int64_t n = units<M>(r);
   D += begin * n, dD += begin * r, dA += begin * r;
@@ -185,7 +185,7 @@ void gradients(const T* const* g, const T* const* h, T* const* dh, const M* u_ra
         hold(w);
         for (int i = 0; i < R; ++i) gs[i] = add_product(gs[i], u_ranks[i * n + k], w);
       }
-      for (int i = 0; i < R; ++i) store_row(dh[i] + begin + c, gs[i]);
+      for (int i = 0; i < R; ++i) store_row(dh[i] + begin + c, gs[i], past);
     }
   });
 }

@@ -33,6 +33,7 @@ void forward(const Scale& z, const ScaleForward& f) {
   const std::vector<wide<T>> l = vectors<wide<T>>(z, f.l, f.C);
   constexpr int64_t PIECE = 16;
   const int64_t N = z.B * z.T;
+  const bool past = streams<T>(f.out, N, f.C);
   parallel((N + PIECE - 1) / PIECE, [&](int64_t piece) {
     for (int64_t n = piece * PIECE; n < std::min(N, (piece + 1) * PIECE); ++n) {
       const int64_t b = n / z.T, t = n % z.T;
@@ -43,9 +44,10 @@ void forward(const Scale& z, const ScaleForward& f) {
         vec<T> value, slope;
         activate<A, std::is_same_v<T, bf16>>(load(x + c), value, slope);
         if constexpr (A == Activation::swiglu) value *= load(up + c);
-        store(out + c, value * load(scale + c));
+        store(out + c, value * load(scale + c), past);
       });
     }
+    fence();
   });
 }
 
@@ -57,6 +59,7 @@ void backward(const Scale& z, const ScaleBackward& f) {
   // Pieces of rows that share a bank: each row of the batch with tasks, otherwise at most 16 of at least 64 rows.
   const int64_t pieces = z.tasks.data ? z.B : std::clamp<int64_t>(N / 64, 1, 16);
   std::vector<F> sums(pieces * C);
+  const bool past_x = streams<T>(f.dx, N, C), past_up = A == Activation::swiglu && streams<T>(f.dup, N, C);
   parallel(pieces, [&](int64_t piece) {
     F* sum = &sums[piece * C];
     for (int64_t n = N * piece / pieces; n < N * (piece + 1) / pieces; ++n) {
@@ -70,15 +73,16 @@ void backward(const Scale& z, const ScaleBackward& f) {
         const vec<T> gradient = load(g + c), scaled = gradient * load(scale + c);
         if constexpr (A == Activation::swiglu) {
           const vec<T> u = load(up + c);
-          store(dx + c, scaled * u * slope);
-          store(dup + c, scaled * value);
+          store(dx + c, scaled * u * slope, past_x);
+          store(dup + c, scaled * value, past_up);
           value *= u;
         } else {
-          store(dx + c, scaled * slope);
+          store(dx + c, scaled * slope, past_x);
         }
         store(sum + c, load(sum + c) + gradient * value);
       });
     }
+    fence();
   });
   if (!f.dl) return;
   std::vector<F> total(z.K * C);

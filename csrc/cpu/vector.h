@@ -36,6 +36,9 @@ typedef uint32_t vecu __attribute__((vector_size(VECTOR_BYTES)));
 typedef int32_t veci __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint16_t half_bits __attribute__((vector_size(VECTOR_BYTES / 2)));
 
+// Results of so many bytes are written past the caches, up to twice as fast; from here on their next reader loses no more by it.
+constexpr int64_t STREAM_BYTES = 12 << 20;
+
 #ifdef __AVX512BF16__
 constexpr bool HAS_PAIRS = true;
 #else
@@ -83,29 +86,60 @@ inline vecf load(const f16* p) {
 #endif
 }
 
-inline void store(float* p, vecf v) { write(p, v); }
-inline void store(double* p, vec<double> v) { write(p, v); }
-inline void store(bf16* p, vecf v) {
+// v as it stands in memory, rounded to nearest.
+template <class T> vec<T> encode(const T*, vec<T> v) { return v; }
+inline half_bits encode(const bf16*, vecf v) {
 #ifdef __AVX512BF16__  // numbers below 2⁻¹²⁶ become zeros here
-  write(p, _mm512_cvtneps_pbh((__m512)v));
+  return (half_bits)_mm512_cvtneps_pbh((__m512)v);
 #else
   const vecu bits = (vecu)v, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const vecu result = v != v ? (vecu){} + 0x7fc0 : rounded;
 #ifdef __AVX512F__
-  write(p, _mm512_cvtepi32_epi16((__m512i)result));
+  return (half_bits)_mm512_cvtepi32_epi16((__m512i)result);
 #else
-  write(p, __builtin_convertvector(result, half_bits));
+  return __builtin_convertvector(result, half_bits);
 #endif
 #endif
 }
-inline void store(f16* p, vecf v) {
+inline half_bits encode(const f16*, vecf v) {
 #if defined(__AVX512F__)
-  write(p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  return (half_bits)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif defined(__F16C__)
-  write(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  return (half_bits)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-  for (int i = 0; i < lanes<float>; ++i) narrow(v[i], p[i]);
+  f16 each[lanes<float>];
+  for (int i = 0; i < lanes<float>; ++i) narrow(v[i], each[i]);
+  return read<half_bits>(each);
 #endif
+}
+
+template <class T> void store(T* p, vec<T> v) { write(p, encode(p, v)); }
+
+// Past the caches: a line that is written whole need not be fetched first. p is aligned to what is written, and a fence follows.
+template <class T> void stream(T* p, vec<T> v) {
+  const auto bits = encode(p, v);
+#ifdef __AVX512F__
+  if constexpr (sizeof bits == 64) return _mm512_stream_si512((__m512i*)p, (__m512i)bits);
+  else return _mm256_stream_si256((__m256i*)p, (__m256i)bits);
+#elif defined(__AVX__)
+  if constexpr (sizeof bits == 32) return _mm256_stream_si256((__m256i*)p, (__m256i)bits);
+  else return _mm_stream_si128((__m128i*)p, (__m128i)bits);
+#else
+  write(p, bits);
+#endif
+}
+inline void fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// Are rows of C elements at `out` better written past the caches? Where they are many, and begin at cache lines.
+template <class T>
+bool streams(const Stream& out, int64_t rows, int64_t C) {
+  const auto lines = [](int64_t bytes) { return bytes % 64 == 0; };
+  return rows * C * (int64_t)sizeof(T) >= STREAM_BYTES && lines((int64_t)out.data) && lines(C * sizeof(T)) &&
+         lines(out.batch_stride * sizeof(T)) && lines(out.token_stride * sizeof(T));
 }
 
 // The first n < lanes elements, for the end of a row: zeros beyond them, and nothing written there.
@@ -136,15 +170,15 @@ inline vecf add_product(vecf acc, pair a, vecu b) { return add_product(acc, vecu
 inline vecu join(vecf low, vecf high) { return ((vecu)low >> 16) | ((vecu)high & 0xffff0000u); }
 inline pair join(float low, float high) { pair p; narrow(low, p.low), narrow(high, p.high); return p; }
 
-// body(c, load, store) for each vector of a row of C elements, the incomplete one at the end last.
+// body(c, load, store) for each vector of a row of C elements, the incomplete one at the end last; store(p, v, true) streams.
 template <class T, class Body>
 inline __attribute__((always_inline)) void over_row(int64_t C, const Body& body) {
   int64_t c = 0;
   for (; c + lanes<T> <= C; c += lanes<T>)
     body(c, [](auto* p) __attribute__((always_inline)) { return load(p); },
-         [](auto* p, auto v) __attribute__((always_inline)) { store(p, v); });
+         [](auto* p, auto v, bool past = false) __attribute__((always_inline)) { past ? stream(p, v) : store(p, v); });
   if (const int64_t n = C - c)
-    body(c, [n](auto* p) { return load(p, n); }, [n](auto* p, auto v) { store(p, v, n); });
+    body(c, [n](auto* p) { return load(p, n); }, [n](auto* p, auto v, bool = false) { store(p, v, n); });
 }
 
 // Says that v is to stay in a register: otherwise gcc may load it again for each use.
