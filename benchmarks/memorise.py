@@ -52,8 +52,8 @@ def longest(model, tokenizer, layer: int, prompt: list[int], text: list[int], st
     """For each length: how many of its tokens came back, at the best of the rates."""
     norm = states(model, torch.tensor([prompt]), layer)[0, -1].norm().item()
     reft = minireft.LoReFT(model, rank=1, layers=[layer], positions="l1")
-    found = {"layer": layer, "state norm": round(norm, 1), "parameters": reft.num_parameters(), "without an edit": remembered(model, tokenizer, reft, prompt, text),
-             "lengths": {}}
+    found = {"layer": layer, "state norm": round(norm, 1), "parameters": reft.num_parameters(),
+             "without an edit": remembered(model, tokenizer, reft, prompt, text), "lengths": {}}
     whole = []                                                            # the last lengths: learned whole or not
     for length in (n for n in lengths if n <= len(text)):
         tokens = {c: learn(model, tokenizer, layer, prompt, text[:length], c / norm, steps) for c in RATES}

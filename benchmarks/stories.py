@@ -1,11 +1,11 @@
 """A real pretrained model, llama2.c's stories260K, tuned for two purposes: to let somebody speak, and to tell good reviews from bad.
-Run: python benchmarks/stories.py [--quick] [--write]        (needs the public data: MINIREFT_DATA, or ../shared/data; --write updates results/)
+Run: python benchmarks/stories.py [--purpose speech|sst2] [--quick] [--write]      (--write updates results/stories.json)
 You should see, for each purpose and method, the numbers trained, the score before and after on every seed, and what it writes.
 
 speech: prompts are beginnings of TinyStories without a spoken word, completions the next sentence, in which somebody speaks; the score
 is the share of unseen beginnings whose greedy continuation has speech in it. sst2: rank classification of SST-2's reviews with the
 prompt of its named format, scored on the first 600 test sentences. The learning rate is each method's own, of three, chosen on
-validation items with one seed; test items are only reported.
+validation items with one seed; test items are only reported. Needs the public data: MINIREFT_DATA, or ../shared/data.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def ranked(model, tokenizer, examples) -> float:
 
 PURPOSES = {                            # purpose → its data, what chooses the rate on validation items, the score on test items, steps
     "speech": (speech, lambda *a: -minireft.evaluate(*a, metrics=("loss",)).loss, lambda *a: share(speaks(*a)), 100),
-    "sst2": (sst2, ranked, ranked, 150)}
+    "sst2": (sst2, ranked, ranked, 120)}
 
 
 def tuned(model, make, examples, lr: float, seed: int, steps: int):
@@ -90,6 +90,7 @@ def tuned(model, make, examples, lr: float, seed: int, steps: int):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--purpose", choices=PURPOSES, help="only one of them")
     parser.add_argument("--quick", action="store_true", help="one seed, one learning rate, few steps and items: does it run?")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--write", action="store_true", help="update results/stories.json")
@@ -99,12 +100,14 @@ def main() -> None:
         raise SystemExit(f"there is no {path}: set MINIREFT_DATA to the folder of the public data")
     torch.set_num_threads(1)
     model, tokenizer = minireft.load(path)
-    results = {"date": datetime.date.today().isoformat(), "torch": torch.__version__, "seeds": 1 if options.quick else options.seeds, "purposes": {}}
-    for purpose, (read, choose, score, steps) in PURPOSES.items():
+    seeds = 1 if options.quick else options.seeds
+    for purpose in [options.purpose] if options.purpose else PURPOSES:
+        read, choose, score, steps = PURPOSES[purpose]
         data, steps = read(), 5 if options.quick else steps
         if options.quick:
             data = {split: part[:20] for split, part in data.items()}
-        found = {"steps": steps, "batch": 16, "items": {split: len(part) for split, part in data.items()},
+        found = {"date": datetime.date.today().isoformat(), "torch": torch.__version__, "seeds": seeds, "steps": steps, "batch": 16,
+                 "items": {split: len(part) for split, part in data.items()},
                  "before": score(model, tokenizer, data["test"]), "methods": {}}
         if purpose == "speech":
             found["writes"] = {"before": minireft.generate(model, tokenizer, list(SAMPLES), 40)}
@@ -117,7 +120,7 @@ def main() -> None:
                     tried[lr] = choose(model, tokenizer, data["validation"]), adapter
             lr = max(tried, key=lambda lr: tried[lr][0])
             test = []
-            for seed in range(results["seeds"]):
+            for seed in range(seeds):
                 adapter = tried[lr][1] if seed == 0 else tuned(model, make, data["train"], lr, seed, steps)
                 with adapter:
                     test.append(score(model, tokenizer, data["test"]))
@@ -129,9 +132,10 @@ def main() -> None:
         for name, texts in found.get("writes", {}).items():
             for prompt, text in zip(SAMPLES, texts):
                 print(f"  {name}: {prompt} → {text.strip()}")
-        results["purposes"][purpose] = found
-    if options.write:
-        (RESULTS / "stories.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        if options.write:
+            path = RESULTS / "stories.json"
+            results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            path.write_text(json.dumps(results | {purpose: found}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

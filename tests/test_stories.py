@@ -8,6 +8,9 @@ import pytest
 import torch
 
 import minireft
+from benchmarks import memorise
+from benchmarks import stories as benchmark
+from minireft import Example
 from minireft.data import Encoded, collate
 from minireft.evaluation import mean_log_likelihoods
 from minireft.generation import generate_ids
@@ -67,3 +70,29 @@ def test_reading_twice_is_reading_once(stories):
     picked = model(batch.tokens, batch.mask).argmax(-1)
     for i, (row, new) in enumerate(zip(rows, together)):
         assert picked[i, len(row) - 1 : len(row) + 19].tolist() == new
+
+
+# ---- the programs that tune it, and that let one edit remember (no data needed)
+
+def test_where_somebody_begins_to_speak():
+    story = 'One day Tom sat. He was sad.\nAnn came and said, "Hi, Tom!" They played. "Bye!" said Ann.'
+    assert benchmark.spoken(story) == Example("One day Tom sat. He was sad.", 'Ann came and said, "Hi, Tom!"')
+    for other in ("Tom sat. He was sad.", '"Hi!" said Tom. He sat.', "A. B. C. D. E. " + 'He said, "Hi."', 'Tom sat. He said, "I am sad. You are not."'):
+        assert benchmark.spoken(other) is None
+
+
+def test_what_is_remembered_ends_at_the_first_other_token(shipped_base):
+    model, tokenizer = shipped_base
+    prompt = tokenizer.encode("anna lives")
+    (text,) = generate_ids(model, [prompt], 4, tokenizer.eos_id)
+    reft = minireft.LoReFT(model, rank=1, layers=[4], positions="l1")     # the identity
+    other = (text[2] + 1) % tokenizer.vocab_size
+    for wanted, count in ((text, len(text)), (text[:2] + [other] + text[3:], 2), ([other] + text, 0), (text[:1], 1)):
+        assert memorise.remembered(model, tokenizer, reft, prompt, wanted) == count
+
+
+def test_one_edit_remembers_a_token_that_the_model_would_not_write(shipped_base):
+    model, tokenizer = shipped_base
+    prompt, text = tokenizer.encode("go ->"), tokenizer.encode("kitchen")
+    found = memorise.longest(model, tokenizer, 4, prompt, text, steps=40, lengths=(1, 2))
+    assert found["without an edit"] == 0 and found["longest"] == 1 and found["parameters"] == 2 * model.config.width + 1

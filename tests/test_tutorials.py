@@ -136,6 +136,18 @@ WRONG = {  # exercise → what people write first: why it is wrong → the answe
         "a stretch for each lane": "return 'for (int64_t k = (p.C + 31) / 32, c = lane * k; c < (lane + 1) * k && c < p.C; c++) "
                                    "store(p.out + n * p.C + c, load(p.h + n * p.C + c));'",
     },
+    "14.1": {
+        "as it is": "return weight",
+        "the other way round": "rows, C = weight.shape\n"
+                               "return weight.view(heads, 2, rows // heads // 2, C).transpose(1, 2).reshape(rows, C)",
+        "over all heads at once": "rows, C = weight.shape\nreturn weight.view(rows // 2, 2, C).transpose(0, 1).reshape(rows, C)",
+    },
+    "14.2": {
+        "the first": "import re\nfound = re.findall(r'-?\\d+(?:\\.\\d+)?', text.replace(',', ''))\nreturn float(found[0]) if found else None",
+        "commas part numbers": "import re\nfound = re.findall(r'-?\\d+(?:\\.\\d+)?', text)\nreturn float(found[-1]) if found else None",
+        "no sign": "import re\nfound = re.findall(r'\\d+(?:\\.\\d+)?', text.replace(',', ''))\nreturn float(found[-1]) if found else None",
+        "there is always one": "import re\nfound = re.findall(r'-?\\d+(?:\\.\\d+)?', text.replace(',', ''))\nreturn float(found[-1]) if found else 0.0",
+    },
 }
 
 
