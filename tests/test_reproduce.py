@@ -134,6 +134,7 @@ def test_time_that_is_up_leaves_a_page_that_says_so(tmp_path):
     engine.run_claim(toy([]), store, TINY, units=[("two", "x")])
     report.write([toy([])], store, TINY)
     text = (tmp_path / "RESULTS.md").read_text()
+    assert "| two | x | b | 0.1: 0.800, 0.3: 1.000, 0.9: 0.400 |" in text and "| two | x | a | 0.3 | 3 | 0.800 ± 0.000 |" in text
     assert "partly: 14 of 28 cells" in text and "> **Published, not ours.** 80.2" in text and (tmp_path / "toy.png").stat().st_size > 5000
 
 
@@ -151,15 +152,15 @@ def test_the_table_s_numbers_and_the_sentences():
 @pytest.mark.parametrize("method", ("frozen", "in context", "LoReFT", "prompt tuning", "prefix tuning", "full"))
 def test_a_cell_is_the_same_twice_and_leaves_the_base_alone(method):
     items = methods.examples("steering", "validation", 6)
-    before = {name: p.clone() for name, p in methods.fresh("shipped")[0].state_dict().items()}
+    before = {name: p.clone() for name, p in methods.fresh("shipped", TINY)[0].state_dict().items()}
     first, again = (methods.score("shipped", "steering", method, 1e-2, 3, items, TINY) for _ in range(2))
     assert first == again and (first["parameters"] == 0) == (method in methods.UNTRAINED)
-    model, _ = methods.fresh("shipped")
+    model, _ = methods.fresh("shipped", TINY)
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items()) and model.adapters == []
 
 
 def test_examples_in_the_prompt_are_read():
-    model, tokenizer = methods.fresh("shipped")
+    model, tokenizer = methods.fresh("shipped", TINY)
     shown, asked = (methods.examples("facts", "train", 20), methods.examples("facts", "validation", 1)[0])
     full = methods.in_context(tokenizer, shown, asked, 90)
     assert full.prompt.endswith(asked.prompt) and full.prompt.startswith(f"{shown[0].prompt} {shown[0].completion} ") and full.completion == asked.completion
@@ -187,7 +188,7 @@ def test_truth_is_of_whoever_was_asked_about_and_said_once():
 
 
 def test_the_formulas_that_are_only_here():
-    model, _ = methods.fresh("shipped")
+    model, _ = methods.fresh("shipped", TINY)
     torch.manual_seed(0)
     plain = ablation.Unsubtracted(model, rank=3)
     for p in plain.parameters():

@@ -46,24 +46,29 @@ TRAINED = {"steering": (32, 100)}       # task → (training examples, steps); o
 
 # ---- bases and tasks
 
+def folder(base: str, scale):
+    """Where it lies; the sister of a quick run, which knows nothing, apart from the real one."""
+    return "base" if base == "shipped" else SISTER if scale.share == 1 else SISTER.with_name(f"sister-{scale.name}")
+
+
 @functools.lru_cache(maxsize=1)
-def weights(base: str):
-    """The base's folder, in memory."""
-    model, tokenizer = minireft.load("base" if base == "shipped" else SISTER)
+def weights(path):
+    """A base in memory."""
+    model, tokenizer = minireft.load(path)
     return model, tokenizer, {name: p.clone() for name, p in model.state_dict().items()}
 
 
-def fresh(base: str):
+def fresh(base: str, scale):
     """(model, tokenizer), as loaded."""
-    model, tokenizer, state = weights(base)
+    model, tokenizer, state = weights(folder(base, scale))
     model.load_state_dict(state)
     return model, tokenizer
 
 
-def ensure(base: str, quick: bool) -> None:
+def ensure(base: str, scale) -> None:
     """Pre-trains the sister where it is not there yet: some minutes."""
-    if base == "sister" and not SISTER.exists():
-        pretrain(SISTER, seed=1, recipe=replace(QUICK, steps=20) if quick else QUICK)
+    if base == "sister" and not folder(base, scale).exists():
+        pretrain(folder(base, scale), seed=1, recipe=replace(QUICK, steps=scale.steps(QUICK.steps)))
 
 
 def steering(split: str, count: int) -> list[Example]:
@@ -112,7 +117,7 @@ def accuracy(model, tokenizer, task: str, asked: list[Example], originals: list[
 
 def score(base: str, task: str, method: str, lr: float, seed: int, items: list, scale, make=None) -> dict:
     """Trains `method` (or what `make` puts on the model) at this rate and seed, and scores it: {"accuracy": ..., "parameters": ...}."""
-    model, tokenizer = fresh(base)
+    model, tokenizer = fresh(base, scale)
     count, steps = TRAINED.get(task, (600, 150))
     train = training_set(task, seed, count)
     torch.manual_seed(seed)

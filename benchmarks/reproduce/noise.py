@@ -73,7 +73,7 @@ ARMS = {  # kind → (its strengths, (adapters, changes of the recipe) from a st
 
 
 def measure(base, task, method, value, seed, items, scale):
-    model, tokenizer = fresh(base)
+    model, tokenizer = fresh(base, scale)
     every = open_ended("train", 1000)
     train = [replace(every[i], id=n) for n, i in enumerate(order(len(every), seed, 0, COUNT))]
     adapters, changes = ARMS[method][1](model, value, seed)
@@ -94,6 +94,8 @@ def verdict(found):
                        ("length of answers, in words,", "length"), ("repetition of 2-grams", "repetition"), ("share of true statements", "truth")):
         for arm in ("uniform noise", "Gaussian noise", "dropout", "weight decay", "early stopping"):
             lines += differences(found, "open-ended", f"{what} with {arm}", (arm, "nothing"), name)
+    for other in ("Gaussian noise", "dropout", "weight decay", "early stopping"):
+        lines += differences(found, "open-ended", f"loss on the test items with uniform noise less that with {other}", ("uniform noise", other), "loss")
     return lines
 
 

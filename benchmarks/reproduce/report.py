@@ -128,19 +128,30 @@ def state(done: int, of: int) -> str:
 
 
 def section(claim, store, scale, drawn: bool) -> list[str]:
-    found, (done, of) = collect(claim, store, scale), progress(claim, store, scale)
+    found, (done, of), selected = collect(claim, store, scale), progress(claim, store, scale), validation(claim, store, scale)
     lines = [f"## {claim.name}: {claim.title}", "", f"**State:** {state(done, of)}.", "", f"> **Published, not ours.** {claim.published}", ""]
     if found:
         units = ", ".join(f"{task} ({base}, {sum(len(runs) == scale.seeds for runs in rows.values())} of {len(claim.methods)} methods)"
                           for (base, task), rows in found.items())
-        lines += [f"**Found here** on test items, over up to {scale.seeds} seeds that selection never saw: {units}.", "",
+        over = "on test items, over up to {} seeds that selection never saw" if selected else "over up to {} seeds, with nothing to select"
+        lines += [f"**Found here** {over.format(scale.seeds)}: {units}.", "",
                   *(f"- {line}" for line in claim.verdict(found)), "", *table(claim, found), "",
                   "± is half a 95 % interval over seeds, by Student's t; differences pair the seeds."
-                  + (" The value was chosen on validation items; “(edge)”: it is the grid's first or last." if any(len(g) > 1 for g in claim.methods.values()) else ""), ""]
+                  + (" The value was chosen on validation items; “(edge)”: it is the grid's first or last." if selected else ""), ""]
         lines += [f"![{claim.title}]({claim.name}.png)", ""] if drawn else []
     else:
         lines += ["**Found here:** nothing yet" + (": selection has begun, no test split was opened." if done else "."), ""]
+    lines += [f"{claim.best[0].upper()}{claim.best[1:]} on validation items at each value of the grid, one seed, from which the value was chosen:", "", *selected, ""] if selected else []
     return [*lines, f"**Why it may differ:** {claim.why}", ""]
+
+
+def validation(claim, store, scale) -> list[str]:
+    """Markdown: what selection saw, a row for each unit and method, in the order of the grid."""
+    cells = {(c["base"], c["task"], c["method"], c["value"]): c[claim.best] for c in store.found(claim, scale, "select")}
+    lines = [f"| {base} | {task} | {method} | " + ", ".join(f"{value:g}: {cells[base, task, method, value]:.3f}" for value in grid
+                                                            if (base, task, method, value) in cells) + " |"
+             for base, task in claim.units for method, grid in claim.methods.items() if any((base, task, method, value) in cells for value in grid)]
+    return ["| base | task | method | value: " + claim.best + " |", "| --- | --- | --- | --- |", *lines] if lines else []
 
 
 def write(claims, store, scale) -> None:

@@ -47,7 +47,7 @@ def main(argv=None) -> int:
             return 2
         for base in dict.fromkeys(base for base, _ in units):
             if time.time() <= until:
-                methods.ensure(base, args.quick)
+                methods.ensure(base, scale)
         try:
             run_claim(claim, store, scale, args.workers, until, not sys.stderr.isatty(), units)
         except KeyboardInterrupt:

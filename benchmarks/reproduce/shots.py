@@ -18,7 +18,7 @@ METHODS = ("zero-shot", "in the prompt", *tfew.METHODS, "all three, pre-trained"
 
 def measure(base, task, method, value, seed, items, scale):
     """items: a list of questions for each template."""
-    model, _ = fresh(base)
+    model, _ = fresh(base, scale)
     config, examples = replace(tfew.CONFIG, steps=scale.steps(tfew.CONFIG.steps), seed=seed), few_shot.shots(task, seed)
     if method == "zero-shot":
         scores = tfew.ranked(model, items)
