@@ -20,6 +20,7 @@ import minireft
 from minireft import tasks
 from minireft.formats import datasets
 from minireft.recipes import METHODS, RECIPES, recipe
+from minireft.runs import started
 
 PROGRAMS = {"bench": "bench.py", "profile": "profile_kernel.py", "neftune": "neftune.py", "reproduce": "reproduce/run.py"}
 # What `tune` can change of a recipe or a method: an option of its adapter, or a field of TrainConfig.
@@ -40,7 +41,7 @@ def tune(args) -> None:
     out, name = Path(args.out), args.recipe or args.method
     full = (RECIPES | METHODS)[name].kind is None
     done = out / ("base" if full else "adapter.safetensors")
-    if not args.resume and ((out / "checkpoint.pt").exists() or done.exists()):
+    if not args.resume and (started(out) or done.exists()):
         raise ValueError(f"{out} holds a run already: add --resume to go on with it, or name another folder with --out")
     model, tokenizer = open_base(args)
     examples = read(args, "train")
@@ -56,8 +57,7 @@ def tune(args) -> None:
         run = minireft.train(model, adapters, examples, config, tokenizer, out, args.resume, progress(args))
     except KeyboardInterrupt:
         again = shlex.join(["minireft", *args.argv, *([] if args.resume else ["--resume"])])
-        kept = (out / "checkpoint.pt").exists()
-        raise KeyboardInterrupt(f"go on with\n  {again}" if kept else "no checkpoint had been written yet") from None
+        raise KeyboardInterrupt(f"go on with\n  {again}" if started(out) else "no checkpoint had been written yet") from None
     if adapter:
         adapter.save(done)
     else:
@@ -353,7 +353,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"minireft: interrupted; {stop}" if str(stop) else "minireft: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         if os.environ.get("MINIREFT_DEBUG"):
             raise
         print(f"minireft: {' '.join(str(error).split())}", file=sys.stderr)

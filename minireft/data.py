@@ -7,6 +7,7 @@ See:  prompt and completion are encoded apart and joined, so the prompt's length
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -161,13 +162,32 @@ def pack(rows: list[Encoded], most: int, pad: int = 0) -> Batch:
     return Batch(tokens, laid(lambda n, i, k: n + 1), None, answer, laid(lambda n, i, k: i), torch.zeros(len(lines), dtype=torch.long))
 
 
+@lru_cache(maxsize=4)
+def shuffled(n: int, seed: int, epoch: int) -> tuple[int, ...]:
+    """0 ... n − 1 in the order of one pass over the data."""
+    return tuple(torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist())
+
+
 def order(n: int, seed: int, first: int, count: int) -> list[int]:
     """Which of n examples come at places first ... first + count − 1 of an endless shuffled stream.
 
     Each pass over the data is a permutation of its own, a function of (seed, pass): nothing to save, nothing to replay.
     """
-    places, shuffled = range(first, first + count), {}
-    for epoch in {place // n for place in places}:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        shuffled[epoch] = torch.randperm(n, generator=generator).tolist()
-    return [shuffled[place // n][place % n] for place in places]
+    return [shuffled(n, seed, place // n)[place % n] for place in range(first, first + count)]
+
+
+def batch_at(step: int, lengths: list[int], seed: int, size: int, bucket: int = 1) -> list[int]:
+    """The examples of a step: `size` of the stream above, or, with `bucket` > 1, of those that this many steps share.
+
+    Those are sorted by length, cut into batches, and the batches shuffled: a batch then holds examples of like length, which
+    need less padding, and every example comes exactly as often as without. It is a function of (seed, step) as well. What
+    changes: a step's examples are no longer independent of one another, its gradient leans to its length, and steps differ
+    in their number of tokens, over which each one's loss is averaged. A bucket never reaches over more than one pass's length.
+    """
+    bucket = max(1, min(bucket, len(lengths) // size))
+    first, place = step // bucket * bucket, step % bucket
+    drawn = order(len(lengths), seed, first * size, bucket * size)
+    if bucket > 1:
+        drawn.sort(key=lengths.__getitem__)                               # stable: ties stay in the stream's order
+        place = shuffled(bucket, seed, first)[place]
+    return drawn[place * size : (place + 1) * size]

@@ -1,11 +1,13 @@
-"""Files that are whole or not there: atomic writes, and tensors read without unpickling.
+"""Files that are whole or not there: atomic writes, checksums, a lock, and tensors read without unpickling.
 
-Use:  write_tensors(path, tensors, metadata); tensors, metadata = read_tensors(path)
+Use:  write_tensors(path, tensors, metadata); tensors, metadata = read_tensors(path); with locked(folder / "lock"): ...
 See:  a write that fails (full disk, no permission) leaves the old file as it was.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import tempfile
 from contextlib import contextmanager
@@ -16,8 +18,9 @@ from safetensors.torch import save
 from torch import Tensor, load
 
 
-def write_bytes(path, data: bytes) -> None:
-    """Writes beside `path`, flushes to the disk, then renames. OSError says what went wrong and where."""
+def write_bytes(path, data: bytes, before=None) -> None:
+    """Writes beside `path`, flushes to the disk, then renames; what was there takes the name `before`, if one is given.
+    OSError says what went wrong and where."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -30,6 +33,8 @@ def write_bytes(path, data: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.chmod(temporary, 0o644)
+        if before is not None and path.exists():
+            os.replace(path, before)
         os.replace(temporary, path)
     except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
@@ -40,6 +45,42 @@ def write_bytes(path, data: bytes) -> None:
 
 def write_text(path, text: str) -> None:
     write_bytes(path, text.encode())
+
+
+def write_checked(path, data: bytes, before=None) -> None:
+    """`write_bytes` of the data and, behind it, its SHA-256."""
+    write_bytes(path, data + hashlib.sha256(data).digest(), before)
+
+
+def read_checked(path) -> bytes:
+    """What `write_checked` wrote; ValueError for anything else."""
+    data = Path(path).read_bytes()
+    if hashlib.sha256(data[:-32]).digest() != data[-32:]:
+        raise ValueError(f"its {len(data):,} bytes do not have the checksum at their end")
+    return data[:-32]
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Holds the lock of a file while it lasts; the system lets it go when the process ends, however it ends. OSError when
+    another process holds it."""
+    import fcntl                                                          # not on Windows, where nothing else here needs it
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+")
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}; choose a folder that can be written to") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise OSError(f"{Path(path).parent} is in use by another process ({file.read().strip()}): "
+                          "wait until it has ended, or name another folder") from None
+        file.truncate(0)
+        with contextlib.suppress(OSError):                                # who holds it is a courtesy: a full disk is not an error here
+            os.write(file.fileno(), f"process {os.getpid()}\n".encode())
+        yield
 
 
 def append_line(path, line: str) -> None:

@@ -72,7 +72,7 @@ def _library(x: Tensor) -> str | None:
     """The library that serves x, None for the reference: by device, or as `use` says.  float64 exists on the CPU only."""
     device = x.device.type
     if _forced is None:
-        if device == "cpu":
+        if device in ("cpu", "meta"):                                     # on meta the kernels' shapes, as memory.py wants them
             library = "minireft" if _libraries else None
         else:
             library = "minireft" if device == "cuda" and _cuda_built and x.dtype is not torch.float64 else None
@@ -118,7 +118,7 @@ def _first_derivative(backward):
 def _plainly(formula, *arguments):
     """The reference, with its arithmetic kept out of autocast's hands."""
     device = arguments[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):         # torch knows no autocast there
         return formula(*arguments)
     with torch.autocast(device, enabled=False):
         return formula(*arguments)

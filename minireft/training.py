@@ -1,37 +1,36 @@
 """Training: the adapters' parameters, or the whole base, on examples; runs that can be stopped and resumed to the bit.
 
 Use:  train(model, adapters=[reft], examples=examples, config=TrainConfig(steps=200, lr=1e-2))
-See:  a progress bar with the loss; out/log.jsonl, a line a step; out/checkpoint.pt, from which resume=True goes on.
+See:  a progress bar with loss, speed and memory; out/log.jsonl, a line a step; out/checkpoint.pt, from which resume=True goes
+      on (runs.py).
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import io
-import json
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 
-from . import files
-from .adapters import Adapter, Bank, fingerprint, labels_of, task_ids
-from .data import Encoded, Example, collate, encode, encode_label, order, pack
+from .adapters import Adapter, Bank, labels_of, task_ids
+from .data import Encoded, Example, batch_at, collate, encode, encode_label, pack
 from .losses import OBJECTIVES
+from .memory import GB, advice, fewest_pieces, more_pieces, out_of_memory, peak_bytes
 from .model import Model
+from .runs import Folder, generators, restore_generators
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train. `batch_size` examples make one step, in `accumulate` pieces if memory is short. See also `T_FEW`."""
+    """How to train. `batch_size` examples make one step, in `accumulate` pieces if memory is short; "auto" begins with as
+    many as `memory.estimate` asks for and takes more where that was too few. See also `T_FEW`."""
 
     steps: int = 200
     batch_size: int = 16
-    accumulate: int = 1
+    accumulate: int | str = 1
     losses: tuple[str, ...] = ("lm",)   # added up: "lm", and where examples bring choices "unlikelihood", "length"
     lr: float = 1e-2                    # the peak, after the warm-up
     optimizer: str = "adamw"            # "adamw" | "adafactor"
@@ -41,16 +40,17 @@ class TrainConfig:
     clip: float = 1.0                   # the gradient's largest norm; 0 = no clipping
     bf16: bool = False                  # autocast the forward pass
     recompute: bool = False             # gradient checkpointing: blocks run again in the backward pass; less memory
+    bucket: int = 1                     # examples of so many steps are sorted by length, for less padding: see `data.batch_at`
     pack: bool = False                  # several examples to a row, up to the context: fewer rows, the same gradients
     full: bool = False                  # train the base itself as well
     seed: int = 0                       # of the examples' order
     save_every: int = 50                # steps between checkpoints, when there is an output folder
 
     def __post_init__(self):
-        limits = {"steps": 1, "batch_size": 1, "accumulate": 1, "save_every": 1}
-        for name, least in limits.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected at least {least}")
+        for name in ("steps", "batch_size", "accumulate", "bucket", "save_every"):
+            value = getattr(self, name)
+            if not (name == "accumulate" and value == "auto" or isinstance(value, int) and value >= 1):
+                raise ValueError(f"{name} is {value!r}: expected at least 1" + ', or "auto"' * (name == "accumulate"))
         for name, known in (("optimizer", ("adamw", "adafactor")), ("schedule", ("linear", "cosine", "constant"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(known)}")
@@ -62,8 +62,10 @@ class TrainConfig:
             raise ValueError(f"clip is {self.clip}: expected the gradient's largest norm, or 0 for no clipping")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup is {self.warmup}: expected a share of the steps, from 0 to below 1")
-        if self.batch_size % self.accumulate:
+        if self.accumulate != "auto" and self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} cannot be cut into {self.accumulate} equal pieces")
+        if self.pack and self.bucket > 1:
+            raise ValueError(f"pack=True fills the rows, so bucket={self.bucket} would have no padding to save: leave one of them out")
 
     def rate(self, step: int) -> float:
         """The learning rate of step 0, 1, ...: a linear rise to `lr`, then the schedule's way down."""
@@ -135,8 +137,9 @@ def train(model: Model, adapters: list[Adapter] = (), examples: list[Example] = 
     resume=True goes on from the checkpoint there, to the same bits as an uninterrupted run on the same machine, thread
     count and backend. Only what is trained has gradients; none flow below the lowest site in use.
     Under `torchrun` every process takes its share of each batch, and only the gradients of what is trained are exchanged.
-    Raises ValueError for bad examples, nothing to train, a checkpoint of another run, and FloatingPointError for a loss
-    that is not finite (the last checkpoint stays).
+    Raises ValueError for bad examples, nothing to train, a checkpoint of another run; OSError for a folder in use or full;
+    FloatingPointError for a loss that is not finite (the batch is saved) and MemoryError, which says what to lower: the last
+    checkpoint stays.
     """
     if not examples:
         raise ValueError("there are no examples to train on")
@@ -157,33 +160,68 @@ def train(model: Model, adapters: list[Adapter] = (), examples: list[Example] = 
     if not trained:
         raise ValueError("there is nothing to train: give an adapter with parameters, or TrainConfig(full=True) for the base itself")
 
-    team = Team(trained[0].device)
-    if config.batch_size % (team.size * config.accumulate):
-        raise ValueError(f"batch_size {config.batch_size} cannot be shared by {team.size} processes in {config.accumulate} pieces each")
-    checkpoint = Checkpoint(out, model, adapters, config, rows) if out else None
-    with prepared(model, adapters, config):
+    team, B = Team(trained[0].device), config.batch_size
+    if B % (team.size * (1 if config.accumulate == "auto" else config.accumulate)):
+        raise ValueError(f"batch_size {B} cannot be shared by {team.size} processes in {config.accumulate} pieces each")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(prepared(model, adapters, config))
         task_ids(model, [row.task for row in rows])                       # an unknown task is an error before the first step
         if any(isinstance(adapter, Bank) for adapter in adapters) and not all(row.task for row in rows):
             raise ValueError("a bank is to be trained, and some examples name no task: give each Example its task=...")
         if config.pack and (choices or labels or model.two or any(isinstance(adapter, Bank) for adapter in model.adapters)):
             raise ValueError("pack=True puts several examples in a row: choices, a classifier, a bank's tasks and an "
                              "encoder–decoder need a row for each; leave it out")
+        folder = stack.enter_context(Folder(out, model, adapters, config, rows, team.rank == 0)) if out else None
         optimizer = make_optimizer(config, trained)
         optimizer.zero_grad()                                             # an interrupted step may have left gradients
-        first = checkpoint.begin(optimizer, resume) if checkpoint else 0
-        team.start_equal(trained)
-        losses, started = [], time.perf_counter()
-        from tqdm import tqdm                                             # a GPU machine that only runs kernels may lack it
-        bar = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=not progress or team.rank > 0, leave=False, unit="step")
-        for step in bar:
-            rate = config.rate(step)
-            loss = one_step(model, adapters, rows, step, config, optimizer, trained, rate, team)
-            losses.append(loss)
-            bar.set_postfix(loss=f"{loss:.3f}")
-            if checkpoint and team.rank == 0:
-                checkpoint.log(step, loss, rate, time.perf_counter() - started)
-                if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-                    checkpoint.save(step + 1, optimizer)
+        return steps(model, adapters, examples, rows, config, optimizer, trained, team, folder, resume, progress)
+
+
+def steps(model, adapters, examples, rows, config, optimizer, trained, team, folder, resume, progress) -> Run:
+    """All the steps of a run that was checked and set up, with what is written beside them."""
+    device, share = trained[0].device, config.batch_size // team.size
+    widths = [max(map(len, (row.ids, *row.wrong))) for row in rows]       # tokens of an example's longest row
+    tokens = [sum(map(len, (row.ids, *row.wrong))) for row in rows]
+    largest = max(widths), max(1 + len(row.wrong) for row in rows)        # tokens, choices
+    first, pieces = folder.begin(optimizer, resume) if folder else (0, None)
+    team.start_equal(trained)
+    if config.accumulate != "auto":
+        pieces = config.accumulate
+    elif pieces is None:
+        pieces = team.most(fewest_pieces(model, adapters, config, largest[0], share, largest[1]))
+        if folder:                                                        # what was found is the run's from here on
+            folder.save(first, optimizer, pieces)
+    losses, started = [], time.perf_counter()
+    from tqdm import tqdm                                                 # a GPU machine that only runs kernels may lack it
+    bar = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=not progress or team.rank > 0, leave=False, unit="step")
+    for step in bar:
+        begun, rate, random = time.perf_counter(), config.rate(step), generators(device)
+        chosen, loss = batch_at(step, widths, config.seed, config.batch_size, config.bucket), None      # the same on every process
+        while loss is None:
+            try:
+                loss = one_step(model, adapters, [rows[i] for i in chosen], step, config, optimizer, trained, rate, team, pieces)
+            except FloatingPointError as error:
+                batch = [{"example": i, **vars(examples[i]), **vars(rows[i])} for i in chosen]
+                saved = folder.failed(step, optimizer, pieces, random, batch, str(error)) if folder else ""
+                raise FloatingPointError(f"{error}{saved}") from None
+            except MemoryError:
+                if config.accumulate != "auto" or pieces == share:
+                    told = advice(model, adapters, config, largest[0], share // pieces, largest[1])
+                    raise MemoryError(f"out of memory at step {step}: {told}; the last checkpoint is kept, and goes on with "
+                                      "another micro-batch or recompute") from None
+                pieces = more_pieces(pieces, share)
+            if loss is None:                                              # begin the step again, in more pieces
+                restore_generators(random, device)
+                if folder:
+                    folder.save(step, optimizer, pieces)
+        losses.append(loss)
+        speed, peak = sum(tokens[i] for i in chosen) / (time.perf_counter() - begun), peak_bytes(device) / GB
+        bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s, {peak:.2f} GB")
+        if folder:
+            folder.log(step=step, loss=loss, lr=rate, seconds=round(time.perf_counter() - started, 3),
+                       tokens_per_second=round(speed, 1), peak_gb=round(peak, 3))
+            if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+                folder.save(step + 1, optimizer, pieces)
     return Run(losses, time.perf_counter() - started, first)
 
 
@@ -191,7 +229,7 @@ class Team:
     """The processes that train together: one, or as many as `torchrun` started."""
 
     def __init__(self, device: torch.device):
-        group = torch.distributed
+        self.device, group = device, torch.distributed
         if group.is_available() and group.is_torchelastic_launched() and not group.is_initialized():
             group.init_process_group("nccl" if device.type == "cuda" else "gloo")
         together = group.is_available() and group.is_initialized()
@@ -210,17 +248,23 @@ class Team:
                 tensor.copy_(part.view_as(tensor))
 
 
-def one_step(model, adapters, rows, step, config, optimizer, trained, rate, team) -> float:
-    """Forward and backward over this process's share of one batch, piece by piece, then one update. Returns the batch's
-    loss."""
-    device, B = trained[0].device, config.batch_size
-    chosen = [rows[i] for i in order(len(rows), config.seed, step * B, B)]                  # the same on every process
-    objectives = [OBJECTIVES[name] for name in config.losses]
-    counts = [sum(map(objective.count, chosen)) for objective in objectives]                # over the whole batch
-    share = B // team.size
-    piece, total = share // config.accumulate, torch.zeros((), device=device)
+    def most(self, number: int) -> int:
+        """The largest of the processes' numbers."""
+        if self.size == 1:
+            return number
+        number = torch.tensor(number, device=self.device)
+        torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+        return number.item()
+
+
+def backward(model, adapters, rows, step, config, device, team, pieces) -> torch.Tensor:
+    """Forward and backward over this process's share of one batch, piece by piece: its part of the batch's loss."""
+    objectives, B = [OBJECTIVES[name] for name in config.losses], config.batch_size
+    counts = [sum(map(objective.count, rows)) for objective in objectives]                  # over the whole batch
+    share, total = B // team.size, torch.zeros((), device=device)
+    piece = share // pieces
     for first in range(team.rank * share, (team.rank + 1) * share, piece):
-        some = chosen[first : first + piece]
+        some = rows[first : first + piece]
         batch = (pack(some, model.config.context) if config.pack else collate(some, start=model.config.start)).to(device)
         tasks = None if config.pack else task_ids(model, [some[i].task for i in batch.example.tolist()])     # (B,) or None
         for adapter in adapters:                                          # numbers that never repeat, whatever the shares
@@ -230,6 +274,24 @@ def one_step(model, adapters, rows, step, config, optimizer, trained, rate, team
         loss = sum(objective.total(out, batch) / count for objective, count in zip(objectives, counts))
         loss.backward()
         total += loss.detach()
+    return total
+
+
+def one_step(model, adapters, rows, step, config, optimizer, trained, rate, team, pieces) -> float:
+    """One batch's gradients, then one update. Returns the batch's loss. MemoryError, on every process, when a piece does not
+    fit; FloatingPointError for what is not finite: either way nothing was changed."""
+    total, device = None, trained[0].device
+    try:
+        total = backward(model, adapters, rows, step, config, device, team, pieces)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+    short = total is None                                                 # looked at here: `except` holds on to the tensors
+    if team.most(short) if config.accumulate == "auto" else short:
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        raise MemoryError
     team.sum([total] + [p.grad for p in trained if p.grad is not None])
     total, norm = total.item(), torch.nn.utils.clip_grad_norm_(trained, config.clip or math.inf).item()
     if not (math.isfinite(total) and math.isfinite(norm)):
@@ -241,54 +303,3 @@ def one_step(model, adapters, rows, step, config, optimizer, trained, rate, team
     optimizer.step()
     optimizer.zero_grad()
     return total
-
-
-class Checkpoint:
-    """All that a run is, in one file that is whole or not there."""
-
-    def __init__(self, out, model, adapters, config, rows):
-        self.out, self.model, self.adapters = Path(out), model, adapters
-        data = [vars(row) for row in rows]
-        kinds = [[type(adapter).__name__, adapter.options] for adapter in adapters]
-        digests = {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in
-                   (("base", asdict(model.config) if config.full else fingerprint(model)), ("data", data))}
-        self.run = json.loads(json.dumps({"config": asdict(config), "adapters": kinds, **digests}))
-        self.path = self.out / "checkpoint.pt"
-
-    def modules(self) -> dict:
-        base = {"base": self.model} if self.run["config"]["full"] else {}
-        return {**base, **{f"adapter {i}": adapter for i, adapter in enumerate(self.adapters)}}
-
-    def log(self, step: int, loss: float, rate: float, seconds: float) -> None:
-        line = json.dumps({"step": step, "loss": loss, "lr": rate, "seconds": round(seconds, 3)})
-        files.append_line(self.out / "log.jsonl", line)
-
-    def save(self, step: int, optimizer) -> None:
-        buffer = io.BytesIO()
-        torch.save({"run": self.run, "step": step, "modules": {name: m.state_dict() for name, m in self.modules().items()},
-                    "optimizer": optimizer.state_dict(), "generator": torch.get_rng_state()}, buffer)
-        files.write_bytes(self.path, buffer.getvalue())
-
-    def begin(self, optimizer, resume: bool) -> int:
-        """The step to begin with, and a log of the steps before it."""
-        first = self.restore(optimizer) if resume and self.path.exists() else 0
-        log = self.out / "log.jsonl"
-        if log.exists():                                                  # drop what was logged after the checkpoint
-            files.write_text(log, "".join(line + "\n" for line in log.read_text().splitlines()[:first]))
-        return first
-
-    def restore(self, optimizer) -> int:
-        """Puts everything back and returns the step to go on with."""
-        try:
-            saved = torch.load(self.path, weights_only=True, map_location=self.model.embed.weight.device)
-            run = saved["run"]
-        except Exception as error:
-            raise ValueError(f"{self.path} is damaged, or no checkpoint of a run ({error}): delete it to start over") from error
-        for key, value in self.run.items():
-            if run.get(key) != value:
-                raise ValueError(f"{self.path} is of another run: its {key} differ. Use its settings and data, or another folder")
-        for name, module in self.modules().items():
-            module.load_state_dict(saved["modules"][name])
-        optimizer.load_state_dict(saved["optimizer"])
-        torch.set_rng_state(saved["generator"].cpu())
-        return saved["step"]

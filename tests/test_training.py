@@ -182,7 +182,9 @@ def fresh(kind):
 
 
 def log_of(folder):
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (folder / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert all(line["seconds"] > 0 and line["tokens_per_second"] > 0 and 0.05 < line["peak_gb"] < 50 for line in lines)
+    return [{k: v for k, v in line.items() if k in ("step", "loss", "lr")} for line in lines]
 
 
 @pytest.fixture
@@ -274,11 +276,8 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         with pytest.raises(ValueError, match=f"of another run: its {name} differ"):
             train(model, adapters, examples, settings, out=tmp_path, resume=True, **QUIET)
         assert small.same_bits(state(model, adapters), before)
-    whole = (tmp_path / "checkpoint.pt").read_bytes()
-    for damaged in (b"", b"no checkpoint", whole[: len(whole) // 2]):
-        (tmp_path / "checkpoint.pt").write_bytes(damaged)
-        with pytest.raises(ValueError, match="checkpoint.pt is damaged"):
-            train(*fresh("LoReFT"), EXAMPLES, config(), out=tmp_path, resume=True, **QUIET)
+    for free in ({"accumulate": 2}, {"recompute": True}, {"save_every": 1}):                # where memory is short, a run may go on with these
+        assert train(*fresh("LoReFT"), EXAMPLES, config(**free), out=tmp_path, resume=True, **QUIET).losses == []
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path, monkeypatch):
@@ -289,11 +288,11 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path, monke
         if len(calls) > 1:
             raise OSError(28, "No space left on device")
         return true(handle)
-    monkeypatch.setattr(minireft.training.files.os, "fsync", fails_at_the_second)
+    monkeypatch.setattr(minireft.files.os, "fsync", fails_at_the_second)
     model, adapters = fresh("LoReFT")
     with pytest.raises(OSError, match="cannot write .*checkpoint.pt: No space left"):
         train(model, adapters, EXAMPLES, config(), out=tmp_path, **QUIET)
-    assert model.adapters == [] and sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "log.jsonl"]
+    assert model.adapters == [] and sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "lock", "log.jsonl"]
     assert torch.load(tmp_path / "checkpoint.pt")["step"] == 2
     blocked = tmp_path / "file"
     blocked.write_text("")
