@@ -86,11 +86,10 @@ def test_a_run_that_is_killed_at_random_moments_ends_in_the_same_bits(kills, tmp
     draw, killed, finished, went_on = random.Random(seed), 0, 0, 0
     while killed < kills or finished == 0:
         out = tmp_path / f"run {finished}"
-        ended = None
-        while ended != 0:
-            child, more = life(out, **settings), draw.choice((0, 2, 4, 6))
+        while True:
+            child, more, ended = life(out, **settings), draw.choice((0, 2, 4, 6)), None
             if killed < kills:
-                most, ended = lines(out) + more, None
+                most = lines(out) + more
                 while more and lines(out) < most and ended is None:
                     time.sleep(0.0005)
                     over, status = os.waitpid(child, os.WNOHANG)
@@ -102,6 +101,8 @@ def test_a_run_that_is_killed_at_random_moments_ends_in_the_same_bits(kills, tmp
             assert ended in (0, -signal.SIGKILL), f"resuming failed after kill {killed}, seed {seed}"
             killed += ended != 0
             went_on += ended != 0 and runs.started(out)
+            if ended == 0:
+                break
         assert small.same_bits(learned(out), expected) and log_of(out) == log_of(tmp_path / "whole"), f"seed {seed}"
         finished += 1
     assert went_on >= kills / 2                                           # else it always began anew, which is no test
