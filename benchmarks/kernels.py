@@ -369,15 +369,15 @@ def star(dtypes) -> list[tuple]:
         centre = Shape(4096, 1024, 8, dtype=dtype)
         rows += [("low_rank_edit", replace(centre, r=r), False, False) for r in (1, 2, 4, 8, 16, 32, 64)]
         rows += [("low_rank_edit", replace(centre, N=N), False, False) for N in (64, real, 16384)]
-        rows += [("low_rank_edit", replace(centre, C=C), False, False) for C in (256, 768, 4096)]
+        rows += [("low_rank_edit", replace(centre, N=N, C=C), False, False) for N, C in ((4096, 256), (4096, 768), (2048, 4096))]
         rows += [("low_rank_edit_at_", replace(centre, N=real, C=C), False, cold) for C in (256, 1024, 4096) for cold in (False, True)]
         rows += [("low_rank_edit_at_", replace(centre, N=64 * POSITIONS, C=256, r=4, tasks=K), False, False) for K in (1, 4, 16, 64)]
         rows += [(op, replace(centre, r=0, N=N, C=C), False, False) for op in ("scale", "gelu_scale", "swiglu_scale")
                  for N, C in ((real, 1024), (4096, 1024), (2048, 4096))]
         rows += [("scale", replace(centre, N=64 * POSITIONS, r=0, tasks=K), False, False) for K in (1, 64)]
         rows += [("noisy_embedding", replace(centre, r=0, N=N), False, False) for N in (512, 4096)]
-        rows += [(op, replace(centre, r=8 * (op[0] == "l")), False, True) for op in ("low_rank_edit", "scale", "swiglu_scale", "noisy_embedding")]
-        rows += [(op, replace(centre, r=8 * (op[0] == "l")), True, False) for op in ("low_rank_edit", "scale", "swiglu_scale", "noisy_embedding")]
+        each = [(op, replace(centre, r=8 * (op == "low_rank_edit"))) for op in OPERATIONS if op != "low_rank_edit_at_"]
+        rows += [(*row, False, True) for row in each] + [(*row, True, False) for row in each]
     return list(dict.fromkeys(rows))
 
 
@@ -440,8 +440,8 @@ def run(grid, passes, device: str, seconds: float, compile: bool, path: Path | N
         for which in passes:
             rows.append(measure(op, shape, which, clock, limits, seconds, cold, compile))
             print(line(rows[-1]), flush=True)
-    if path:
-        harness.write(rows, path)
+            if path:
+                harness.write(rows[-1:], path)
     return rows
 
 

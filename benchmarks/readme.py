@@ -13,6 +13,7 @@ from statistics import mean, stdev
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import harness  # noqa: E402
 from benchmarks.tfew import accuracy_table  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -64,20 +65,108 @@ def classification_table(results: dict) -> str:
             f"and the learning rate are each method's own, chosen on validation items. Always the commonest label: {always}. Measured {dates}.")
 
 
+def markdown(lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], ["---"] * len(lines[0]), *lines[1:]))
+
+
+def measured(rows: list[dict]) -> str:
+    """Where and when, one thread's rows."""
+    newest = max(rows, key=lambda row: row["date"])
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    return f"Measured {newest['date']} on {newest['device']}, one thread, torch {newest['torch']}, {newest['compiler']}, commit {commits}."
+
+
+def kernels_table(rows: list[dict]) -> str:
+    """Every operation at one shape, the real ReFT shape first: microseconds, and how many times faster than the others."""
+    lines = [["operation, forward and backward", "dtype", "as usually written", "well-written eager", "torch.compile", "ours", "ours faster ×",
+              "of what memory can do", "launches, ours / eager"]]
+    for op, N in (("low_rank_edit_at_", 448), *((op, 4096) for op in ("low_rank_edit", "scale", "gelu_scale", "swiglu_scale", "noisy_embedding"))):
+        for row in rows:
+            if (row["op"], row["N"], row["C"], row["pass"], row["cache"], row["threads"], row["tasks"]) != (op, N, 1024, "both", "hot", 1, 0) or row["r"] not in (0, 8):
+                continue
+            found = row["providers"]
+            ours, best = found["ours"], min(found[name]["us"][1] for name in ("eager", "compiled"))
+            cells = [f"{found[name]['us'][1]:,.0f}" if name in found else "" for name in ("common", "eager", "compiled", "ours")]
+            lines.append([f"`{op}`, N {N}, C 1024" + f", r {row['r']}" * (row["r"] > 0), row["dtype"], *cells, f"{best / ours['us'][1]:.1f}", f"{row['share']:.0%}",
+                          f"{ours['launches']} / {found['eager']['launches']}"])
+    one = [row for row in rows if row["threads"] == 1]
+    behind = [row for row in one if min(f["us"][1] for name, f in row["providers"].items() if name in ("eager", "compiled")) < row["providers"]["ours"]["us"][1]]
+    limits = {name: max(row["ceilings"]["operations"].get(name, 0) for row in one) for name in ("float32", "bfloat16")}
+    tasks = {(row["op"], row["pass"], row["dtype"], row["tasks"]): row["providers"]["ours"]["us"][1] for row in one if row["tasks"] and row["cache"] == "hot"}
+    mixed = ", ".join(f"`{op}` {tasks[op, which, 'float32', 64] / tasks[op, which, 'float32', 1]:.2f}× {which}"
+                      for op in ("low_rank_edit_at_", "scale") for which in ("forward", "backward") if (op, which, "float32", 64) in tasks)
+    return (f"{markdown(lines)}\n\nMicroseconds, medians with the inputs in cache; the first line is the real ReFT shape, 14 positions in each of 32 "
+            f"sequences, in place. Of {len(one)} rows measured, ours is behind eager or torch.compile in {len(behind)}. A copy here moves "
+            f"{max(row['ceilings']['copy'] for row in one):.0f} GB/s, arithmetic reaches {limits['float32']:.0f} (float32) and {limits['bfloat16']:.0f} "
+            f"(bfloat16) GFLOP/s. 64 tasks in a batch of 64 rows, over one task: {mixed}.\n{measured(one)}")
+
+
+def gpu_table(rows: list[dict]) -> str:
+    """The same on a GPU, cold: empty until there was one."""
+    lines = [["operation", "shape", "dtype", "ours, µs", "of copy bandwidth, forward", "backward", "eager, compiled, Triton over ours, forward and backward", "launches"]]
+    wanted = [("low_rank_edit", "N 16384, C 4096, r 8"), ("low_rank_edit_at_", "N 448, C 4096, r 8"), ("scale", "N 16384, C 4096"), ("gelu_scale", "N 16384, C 4096"),
+              ("swiglu_scale", "N 16384, C 4096"), ("noisy_embedding", "N 16384, C 4096")]
+    for op, shape in wanted:
+        mine = {row["pass"]: row for row in rows if row["op"] == op and row["dtype"] == "bfloat16" and row["tasks"] == 0
+                and shape == f"N {row['N']}, C {row['C']}" + f", r {row['r']}" * (row["r"] > 0)}
+        if not mine:
+            lines.append([f"`{op}`", shape, "bfloat16", *[""] * 5])
+            continue
+        both = mine["both"]["providers"]
+        shares = [f"{mine[which]['bytes'] / mine[which]['providers']['ours']['us'][1] / 1e3 / mine[which]['ceilings']['copy']:.0%}" for which in ("forward", "backward")]
+        gains = ", ".join(f"{both[name]['us'][1] / both['ours']['us'][1]:.1f}" if name in both else "–" for name in ("eager", "compiled", "triton"))
+        lines.append([f"`{op}`", shape, "bfloat16", f"{both['ours']['us'][1]:.0f}", *shares, gains, str(both["ours"]["launches"] or "")])
+    where = (f"Measured {rows[-1]['date']} on {rows[-1]['device']}, torch {rows[-1]['torch']}, {rows[-1]['compiler']}, commit {rows[-1]['commit']}." if rows
+             else "No GPU was at hand: never run, so the cells are empty. `make gpu` measures them.")
+    return f"{markdown(lines)}\n\n{where}"
+
+
+def cost_table(training: list[dict], generation: list[dict]) -> str:
+    """What each method costs in a step and in generation, as multiples of its floor."""
+    columns = [("step, 8 × 128", "step", 256, 8), ("step, 1 × 16", "step", 256, 1), ("step at C 1024, 8 layers, 2 × 128", "step", 1024, 2),
+               ("prefill, 8 × 128", "prefill", 256, 8), ("decoding", "decoding", 256, 8), ("generate", "generate", 256, 8)]
+    lines = [["over its floor", *(name for name, *_ in columns)]]
+    rows, first = [*training, *generation], {1: 16, 8: 128, 2: 128}
+    for method in ("LoReFT", "LoReFT, plain PyTorch", "LoReFT, Householder", "DiReFT", "(IA)³", "(IA)³ merged", "LoRA", "pyreft", "PEFT (IA)³", "PEFT LoRA"):
+        cells = []
+        for _, part, C, B in columns:
+            here = [row["providers"][method]["ratio"] for row in rows if (row["part"], row["C"], row["batch"], row["tokens"]) == (part, C, B, first[B])
+                    and method in row["providers"] and (row["beside"] == "") == (method in row["providers"] and not method.startswith(("py", "PEFT")))]
+            cells.append(f"{here[0][1]:.2f} ({here[0][0]:.2f}–{here[0][2]:.2f})" if here else "")
+        lines.append([method, *cells])
+    wide = next(row["providers"] for row in training if row["part"] == "step" and row["C"] == 1024)
+    mixed = {row["part"]: row["providers"]["64 tasks"]["ratio"][1] for row in training if "tasks" in row["part"]}
+    versions = "; ".join(dict.fromkeys(row["versions"] for row in rows if row["versions"]))
+    return (f"{markdown(lines)}\n\nMedians of CPU time over rounds (20th–80th percentile). The floor of a step is the frozen base with gradients of its activations "
+            f"down to the lowest edited site; C 256, 4 layers, r 8, f4+l4 on all layers where nothing else is said. At C 1024 a step with LoReFT costs "
+            f"{wide['LoReFT']['us'][1] / wide['DiReFT']['us'][1]:.2f}× one with DiReFT. A batch of 64 rows that belong to 64 adapters of a bank costs "
+            f"{mixed['prefill, tasks']:.2f}× the same batch with one in prefill, {mixed['step, tasks']:.2f}× in a training step of all of them. Beside: {versions}.\n"
+            f"{measured(rows)}")
+
+
+RUNS = {"kernels": (kernels_table, "kernels"), "gpu": (gpu_table, "gpu"), "cost": (cost_table, "training", "generation")}
+
+
 def filled(readme: str) -> str:
     """README.md's text with every table between markers written anew."""
     makers = {"demo": demo_table, "tfew": tfew_table, "neftune": neftune_table, "classification": classification_table}
-    for name, maker in makers.items():
-        table = maker(json.loads((RESULTS / f"{name}.json").read_text()))
+    tables = {name: maker(json.loads((RESULTS / f"{name}.json").read_text())) for name, maker in makers.items()}
+    for name, (maker, *files) in RUNS.items():
+        tables[name] = maker(*(harness.read(path) if (path := RESULTS / f"{file}.jsonl").exists() else [] for file in files))
+    for name, table in tables.items():
         place = rf"(<!-- {name}: [^\n]*-->\n).*?(<!-- end of {name} -->)"
         readme, found = re.subn(place, lambda m: f"{m[1]}{table}\n{m[2]}", readme, flags=re.S)
         assert found == 1, f"README.md has {found} places for the table {name!r}, expected one"
     return readme
 
 
-if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        shutil.copy(Path(sys.argv[1]) / "results.json", RESULTS / "demo.json")
-        shutil.copy(Path(sys.argv[1]) / "demo.png", RESULTS / "demo.png")
+def main(argv: list[str]) -> None:
+    if argv:
+        shutil.copy(Path(argv[0]) / "results.json", RESULTS / "demo.json")
+        shutil.copy(Path(argv[0]) / "demo.png", RESULTS / "demo.png")
     path = ROOT / "README.md"
     path.write_text(filled(path.read_text()))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -150,7 +150,7 @@ def low_rank_edit(h: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> Tensor:
 
 
 def _blas_is_faster(h: Tensor, down: Tensor, tracked: bool) -> bool:
-    """By shape alone, on the CPU, as benchmarks/kernels.py --grid measured it on a Zen 4: what fits in cache, at high ranks."""
+    """By shape alone, on the CPU, as minireft bench kernels measured it on a Zen 4: what fits in cache, at high ranks."""
     C, r, dtype = h.shape[-1], down.shape[-2], h.dtype
     if r < 12 or h.device.type != "cpu" or dtype is not down.dtype or _forced is not None or torch.is_autocast_enabled("cpu"):
         return False
