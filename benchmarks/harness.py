@@ -171,10 +171,11 @@ def multiply_adds(clock: Clock, n: int = 100_000) -> float:
         return 2 * 256 * n / min(clock.interleaved({"run": lambda: run(n)}, seconds=0.1)["run"]) / 1e9
 
 
-def stream(reads: int, writes: int, dtype: torch.dtype, device):
+def stream(reads: int, writes: int, dtype: torch.dtype, device, around_cache: bool):
     """A function that reads and writes so many elements and does no more: the ceiling of whatever must move as many.
 
     Sums of two where more is read than written, copies, and fills where more is written than read; into memory that is there.
+    Copies go around the cache (as memcpy does with large ones) or through it: which is faster depends on the size.
     """
     sums = min(max(0, reads - writes), writes)
     copies = min(writes - sums, reads - 2 * sums)
@@ -185,8 +186,10 @@ def stream(reads: int, writes: int, dtype: torch.dtype, device):
     def run():
         if sums:
             torch.add(a, b, out=x)
-        if copies:
+        if copies and around_cache:
             y.copy_(c)
+        elif copies:
+            torch.neg(c, out=y)
         if fills:
             z.fill_(1.0)
         if rest:
@@ -194,14 +197,16 @@ def stream(reads: int, writes: int, dtype: torch.dtype, device):
     return run
 
 
-def below_the_ceilings(what: str, times: list[float], ceiling: list[float], operations: int, rate: float) -> float:
-    """The share of the streaming ceiling that was reached; more than all of it, or than the rate of arithmetic (GFLOP/s), is
-    an error of the benchmark. Both times are percentiles in microseconds: a share is impossible when it is so beyond their noise."""
-    if times[2] < ceiling[0]:
-        raise Wrong(f"{what}: {ceiling[1] / times[1]:.0%} of what memory can do is impossible ({times} µs against {ceiling}): not reported")
-    if operations / times[1] / 1e3 > rate:
-        raise Wrong(f"{what}: {operations / times[1] / 1e3:.0f} GFLOP/s, where this machine reaches {rate:.0f}: not reported")
-    return round(ceiling[1] / times[1], 3)
+def below_the_ceilings(what: str, found: dict, operations: int, rate: float) -> float:
+    """The share of the streaming ceiling that ours reached. More than all of it by any provider, or than the rate of arithmetic
+    (GFLOP/s), is an error of the benchmark: the median is beyond it, and the noise (20th to 80th percentile) does not reach it."""
+    ceiling = found["ceiling"]["us"]
+    for name, times in ((name, cell["us"]) for name, cell in found.items() if name != "ceiling"):
+        if times[2] < ceiling[0]:
+            raise Wrong(f"{what} by {name}: {ceiling[1] / times[1]:.0%} of what memory can do is impossible ({times} µs against {ceiling}): not reported")
+        if operations / times[1] / 1e3 > rate:
+            raise Wrong(f"{what} by {name}: {operations / times[1] / 1e3:.0f} GFLOP/s, where this machine reaches {rate:.0f}: not reported")
+    return round(ceiling[1] / found["ours"]["us"][1], 3)
 
 
 # ---- right results ---------------------------------------------------------------------------------------------------

@@ -69,19 +69,23 @@ def test_bytes_and_operations_are_the_formulas():
 
 
 def test_more_than_a_ceiling_fails_the_run():
-    assert harness.below_the_ceilings("x", [10, 11, 12], [5, 6, 7], 1000, 1.0) == pytest.approx(6 / 11, abs=1e-3)
-    harness.below_the_ceilings("x", [10, 11, 12], [11.5, 12, 12.5], 1000, 1.0)              # within the noise
-    with pytest.raises(harness.Wrong, match="impossible"):
-        harness.below_the_ceilings("x", [10, 11, 12], [12.5, 13, 14], 1000, 1.0)
+    def share(ours, ceiling, operations=1000):
+        return harness.below_the_ceilings("x", {"ceiling": {"us": ceiling}, "ours": {"us": ours}, "eager": {"us": [90, 91, 92]}}, operations, 1.0)
+    assert share([10, 11, 12], [5, 6, 7]) == pytest.approx(6 / 11, abs=1e-3)
+    share([10, 11, 12], [11.5, 12, 12.5])                                 # within the noise
+    with pytest.raises(harness.Wrong, match="x by ours: .* impossible"):
+        share([10, 11, 12], [12.5, 13, 14])
+    with pytest.raises(harness.Wrong, match="x by eager: .* impossible"):
+        share([100, 110, 120], [95, 96, 97])
     with pytest.raises(harness.Wrong, match="GFLOP/s"):
-        harness.below_the_ceilings("x", [10, 11, 12], [5, 6, 7], 100_000, 1.0)
+        share([10, 11, 12], [5, 6, 7], 100_000)
 
 
 def test_the_stream_moves_what_it_says():
     """Its own peak of results is 0: it writes into memory that is there."""
-    for reads, writes in ((100, 100), (200, 100), (300, 200), (100, 400), (1000, 100)):
+    for reads, writes, around in ((100, 100, True), (100, 100, False), (200, 100, True), (300, 200, True), (100, 400, False), (1000, 100, True)):
         with harness.Counter() as count:
-            run = harness.stream(reads, writes, torch.float32, "cpu")
+            run = harness.stream(reads, writes, torch.float32, "cpu", around)
         made = count.launches
         with harness.Counter() as count:
             run()
