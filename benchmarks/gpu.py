@@ -36,7 +36,7 @@ def stages(device: str, minutes: float) -> list[tuple]:
     python, me, part = sys.executable, str(Path(__file__)), minutes / 8
     cuda = device.startswith("cuda")
     found = [("build", 100 * part, [python, "setup.py", "-q", "build_ext", "--inplace"], {"MINIREFT_CUDA": "1"} if cuda else {}),
-             ("property tests", 120 * part, [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_ops.py"]
+             ("property tests", 150 * part, [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_ops.py"]
               + (["-m", "gpu"] if cuda else ["-m", "not gpu and not emulator", "-k", "exact and scale"]), {})]
     suite = [python, me, "--suite", "--device", device]
     if cuda and shutil.which("compute-sanitizer"):
@@ -148,26 +148,50 @@ def grid(small: bool) -> list[tuple]:
     return rows
 
 
-def times(device: str, budget: float) -> None:
-    """Measures row after row until the budget is spent; keeps them at every step."""
+BYTES_AN_ELEMENT = 120                  # of device memory that a row's checks take at most: float64 copies of everything
+
+
+def times(device: str, budget: float) -> int:
+    """Measures row after row until the budget is spent, and keeps each at once; 1 when a row was wrong or failed."""
+    import torch
+
     from benchmarks import harness, kernels
     began, cuda = time.monotonic(), device.startswith("cuda")
-    clock, rows, todo = harness.Clock(device), grid(not cuda), 0
-    limits = harness.ceilings(clock, sorted({s.dtype for _, s, *_ in rows}, key=str))
+    room = torch.cuda.mem_get_info()[0] if cuda else 1 << 30
+    clock, shapes = harness.Clock(device), grid(not cuda)
+    limits = harness.ceilings(clock, sorted({s.dtype for _, s, *_ in shapes}, key=str))
     print(f"{harness.machine(device)['device']}: measured {limits}", flush=True)
-    compiles = importlib.util.find_spec("triton") is not None and cuda
-    for op, shape, cold, compile in rows:
-        if time.monotonic() - began > budget:
-            todo += 1
+    compiles = cuda and importlib.util.find_spec("triton") is not None
+    late, large, failed = 0, 0, 0
+    for op, shape, cold, compile in shapes:
+        if shape.N * shape.C * BYTES_AN_ELEMENT > room:
+            large += 1
             continue
         for which in kernels.PASSES:
-            row = kernels.measure(op, shape, which, clock, limits, 0.1, cold, compile and compiles)
+            if time.monotonic() - began > budget:
+                late += 1
+                continue
+            row = attempt(lambda **how: kernels.measure(op, shape, which, clock, limits, 0.1, cold, **how), compile and compiles)
+            if row is None:
+                failed += 1
+                continue
             found = row["providers"]["ours"]
             print(f"{kernels.line(row)}   {row['bytes'] / found['us'][1] / 1e3 / limits['copy']:.0%} of the copy bandwidth, "
-                  f"{found['launches']} launches" + (f", {found['graph_us'][1]:.1f} µs in a graph" if "graph_us" in found else ""), flush=True)
+                  f"{found.get('launches') or '?'} launches" + (f", {found['graph_us'][1]:.1f} µs in a graph" if "graph_us" in found else ""), flush=True)
             if cuda:
                 harness.write([row], harness.RESULTS / "gpu.jsonl")
-    print(f"{todo} of {len(rows)} shapes left out: the time was up" if todo else f"all {len(rows)} shapes measured")
+    print(f"of {3 * len(shapes)} rows: {failed} failed, {late} left out because the time was up, {3 * large} because they do not fit")
+    return int(failed > 0)
+
+
+def attempt(measure, compile: bool) -> dict | None:
+    """A row; if it fails, why, and the row without the providers that are not ours; None if that fails too."""
+    for how in ({"compile": compile}, {"compile": False, "without": ("common", "triton")}):
+        try:
+            return measure(**how)
+        except (Exception, SystemExit) as error:                          # a wrong result, or whatever a library throws
+            print(f"FAILED{' without the others' * ('without' in how)}: {type(error).__name__}: {str(error).strip()[:400]}", flush=True)
+    return None
 
 
 # ---- predictions -----------------------------------------------------------------------------------------------------------------------
@@ -229,7 +253,7 @@ def main(argv=None) -> int:
     if options.suite:
         suite(options.device)
     if options.times:
-        times(options.device, options.budget)
+        return times(options.device, options.budget)
     if options.predictions:
         predictions(options.device, options.budget)
     return 0

@@ -213,13 +213,23 @@ def below_the_ceilings(what: str, found: dict, operations: int, rate: float) -> 
 
 
 def rerun_on_poison(run) -> tuple[torch.Tensor, ...]:
-    """The results of a second run, made in the memory of the first one's, which was filled with NaN: what is not written shows.
-    `run` draws its own inputs afresh, or copies them, and returns a tuple of tensors."""
+    """The results of a second run in poisoned memory, so that what is not written shows. `run` draws or copies its own inputs.
+
+    Pools (a GPU's allocator, the kernels' own on the CPU) hand out again what the first run's results held: that is NaN by
+    then. What glibc's malloc hands out is −1.7e38 meanwhile (M_PERTURB).
+    """
+    libc = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
     results = run()
     for i in range(len(results)):
         results[i].detach().fill_(float("nan"))
     del results
-    return run()
+    if libc:
+        libc.mallopt(-6, 1)
+    try:
+        return run()
+    finally:
+        if libc:
+            libc.mallopt(-6, 0)
 
 
 def check(what: str, got, exact, plain, terms) -> None:

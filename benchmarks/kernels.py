@@ -342,20 +342,22 @@ def measure(op: str, s: Shape, which: str, clock: Clock, ceilings: dict, seconds
             without: tuple = ()) -> dict:
     """One row of results: all providers side by side but those in `without`, checked before and after."""
     device = str(clock.device)
-    made = {name: call for name, call in calls(op, s, device, 0, compile).items() if name not in without}
-    g = validate(op, s, calls(op, s, device, 1, compile), which)
-    runs = {**streams(op, s, which, device), **{name: timed(call, which, g) for name, call in made.items()}}
+
+    def fresh(seed: int) -> dict[str, Call]:
+        return {name: call for name, call in calls(op, s, device, seed, compile).items() if name not in without}
+    g = validate(op, s, fresh(1), which)
+    runs = {**streams(op, s, which, device), **{name: timed(call, which, g) for name, call in fresh(0).items()}}
     found = {name: {"us": harness.percentiles(times)} for name, times in clock.interleaved(runs, seconds, cold).items()}
     found["ceiling"] = min(found["ceiling"], found.pop("ceiling, cached"), key=lambda cell: cell["us"][1])
-    for name in made:
-        if name != "compiled" or clock.cuda:                              # what it runs on a CPU is dispatched nowhere
+    for name in found.keys() - {"ceiling"}:                               # on a CPU what is compiled dispatches nothing; a GPU's profiler
+        if not cold or compile if clock.cuda else name != "compiled":     # is slow, and counts the same at every size
             found[name] |= harness.footprint(clock, runs[name])
-    if clock.cuda and not cold:
-        for name in found.keys() & {"ceiling", "eager", "triton", "ours"}:
+    if clock.cuda and not cold and which != "backward":                   # whose forward pass was on another stream than a capture
+        for name in found.keys() & {"eager", "triton", "ours"}:
             if replay := clock.graph(runs[name]):
                 times = clock.interleaved({name: replay}, seconds / 4)[name]
                 found[name]["graph_us"] = harness.percentiles([t / harness.GRAPH_CALLS for t in times])
-    validate(op, s, calls(op, s, device, 2, compile), which)
+    validate(op, s, fresh(2), which)
     bill, dtype = bills(op, s)[which], str(s.dtype).removeprefix("torch.")
     what = f"{op} {which} {dtype} N {s.N} C {s.C} r {s.r}"
     share = harness.below_the_ceilings(what, found, bill.operations, ceilings["operations"][dtype])

@@ -241,7 +241,7 @@ def show(row: dict) -> None:
 def options_of(program: str, description: str, argv):
     parser = argparse.ArgumentParser(prog=f"minireft bench {program}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the smallest shape alone")
-    parser.add_argument("--seconds", type=float, default=10, help="for each table (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=8, help="for each table (default %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--peers", action="store_true", help="only the tables in which another library takes part")
     parser.add_argument("--write", action="store_true", help=f"keep the rows in results/{program}.jsonl")
