@@ -17,7 +17,7 @@ COLORS = {"common": "#9a9a9a", "eager": "#4477aa", "compiled": "#ccbb44", "refer
           "floor": "#555555", "LoReFT": "#ee6677", "(IA)³": "#4477aa", "(IA)³ merged": "#66ccee", "LoRA": "#228833"}
 
 
-def figure(columns: int = 1, width: float = 7.0, height: float = 4.2):
+def figure(columns: int = 1, width: float = 7.0, height: float = 4.4):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -55,7 +55,7 @@ def roofline(rows: list[dict]):
     for marker, face, label in (("o", "black", "float32"), ("s", "black", "bfloat16"), ("o", "white", "backward: hollow")):
         axis.plot([], [], marker, color="black", mfc=face, label=label)
     axis.set(xscale="log", yscale="log", xlabel="operations a byte of least traffic", ylabel="GFLOP/s", xlim=x,
-             title=f"What the kernels reach of this machine ({caption(rows)})")
+             title=f"What the kernels reach of this machine\n{caption(rows)}")
     axis.legend(fontsize=8, ncols=2, loc="lower right", frameon=False)
     return fig
 
@@ -78,7 +78,7 @@ def speedup(rows: list[dict]):
         axis.minorticks_off()
         axis.set(xlabel=label, ylabel="times faster than eager" * (name == "r"), ylim=(0, None))
     axes[0][0].set_title(f"Low-rank edit, forward and backward ({caption(rows)})")
-    axes[0][1].legend(fontsize=8, frameon=False)
+    axes[0][1].legend(fontsize=8, frameon=False, handlelength=4)
     return fig
 
 
@@ -89,7 +89,7 @@ def step(rows: list[dict]):
     fig, axes = figure(len(rows), 9.5, 3.8)
     for axis, row in zip(axes[0], rows):
         found = row["providers"]
-        names, floor = [*found][::-1], found["floor"]["us"][1]
+        names, floor = [*found][::-1], sum(found["floor"]["phases_us"].values())
         left = [0.0] * len(names)
         for phase in found["floor"]["phases_us"]:
             width = [found[name]["phases_us"][phase] / floor for name in names]
