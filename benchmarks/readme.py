@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -79,7 +80,7 @@ def measured(rows: list[dict]) -> str:
 def kernels_table(rows: list[dict]) -> str:
     """Every operation at one shape, the real ReFT shape first: microseconds, and how many times faster than the others."""
     lines = [["operation, forward and backward", "dtype", "as usually written", "well-written eager", "torch.compile", "ours", "ours faster ×",
-              "of what memory can do", "launches, ours / eager"]]
+              "of what memory can do", "launches: ours / eager / as written"]]
     for op, N in (("low_rank_edit_at_", 448), *((op, 4096) for op in ("low_rank_edit", "scale", "gelu_scale", "swiglu_scale", "noisy_embedding"))):
         for row in rows:
             if (row["op"], row["N"], row["C"], row["pass"], row["cache"], row["threads"], row["tasks"]) != (op, N, 1024, "both", "hot", 1, 0) or row["r"] not in (0, 8):
@@ -88,15 +89,17 @@ def kernels_table(rows: list[dict]) -> str:
             ours, best = found["ours"], min(found[name]["us"][1] for name in ("eager", "compiled"))
             cells = [f"{found[name]['us'][1]:,.0f}" if name in found else "" for name in ("common", "eager", "compiled", "ours")]
             lines.append([f"`{op}`, N {N}, C 1024" + f", r {row['r']}" * (row["r"] > 0), row["dtype"], *cells, f"{best / ours['us'][1]:.1f}", f"{row['share']:.0%}",
-                          f"{ours['launches']} / {found['eager']['launches']}"])
+                          " / ".join(str(found[name]["launches"]) for name in ("ours", "eager", "common") if name in found)])
     one = [row for row in rows if row["threads"] == 1]
-    behind = [row for row in one if min(f["us"][1] for name, f in row["providers"].items() if name in ("eager", "compiled")) < row["providers"]["ours"]["us"][1]]
+    behind = Counter(f"`{row['op']}` {row['pass']} {row['dtype']}" for row in one if row["providers"]["ours"]["us"][1] >
+                     min(found["us"][1] for name, found in row["providers"].items() if name in ("eager", "compiled")))
     limits = {name: max(row["ceilings"]["operations"].get(name, 0) for row in one) for name in ("float32", "bfloat16")}
     tasks = {(row["op"], row["pass"], row["dtype"], row["tasks"]): row["providers"]["ours"]["us"][1] for row in one if row["tasks"] and row["cache"] == "hot"}
     mixed = ", ".join(f"`{op}` {tasks[op, which, 'float32', 64] / tasks[op, which, 'float32', 1]:.2f}× {which}"
                       for op in ("low_rank_edit_at_", "scale") for which in ("forward", "backward") if (op, which, "float32", 64) in tasks)
     return (f"{markdown(lines)}\n\nMicroseconds, medians with the inputs in cache; the first line is the real ReFT shape, 14 positions in each of 32 "
-            f"sequences, in place. Of {len(one)} rows measured, ours is behind eager or torch.compile in {len(behind)}. A copy here moves "
+            f"sequences, in place. Of {len(one)} rows measured, ours is behind eager or torch.compile in {behind.total()}: "
+            f"{', '.join(f'{what} ({n})' for what, n in behind.most_common())}. A copy here moves "
             f"{max(row['ceilings']['copy'] for row in one):.0f} GB/s, arithmetic reaches {limits['float32']:.0f} (float32) and {limits['bfloat16']:.0f} "
             f"(bfloat16) GFLOP/s. 64 tasks in a batch of 64 rows, over one task: {mixed}.\n{measured(one)}")
 
@@ -131,7 +134,7 @@ def cost_table(training: list[dict], generation: list[dict]) -> str:
         cells = []
         for _, part, C, B in columns:
             here = [row["providers"][method]["ratio"] for row in rows if (row["part"], row["C"], row["batch"], row["tokens"]) == (part, C, B, first[B])
-                    and method in row["providers"] and (row["beside"] == "") == (method in row["providers"] and not method.startswith(("py", "PEFT")))]
+                    and method in row["providers"] and (row["beside"] != "") == method.startswith(("pyreft", "PEFT"))]
             cells.append(f"{here[0][1]:.2f} ({here[0][0]:.2f}–{here[0][2]:.2f})" if here else "")
         lines.append([method, *cells])
     wide = next(row["providers"] for row in training if row["part"] == "step" and row["C"] == 1024)
