@@ -277,3 +277,23 @@ def test_make_gpu_goes_through_its_stages_without_a_gpu_and_without_other_librar
 def test_triton_is_left_out_where_it_cannot_run(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert "triton" not in kernels.calls("scale", SMALL["scale"], "cpu", 1, compile=False)
+
+
+@pytest.mark.peers
+def test_triton_s_kernels_in_its_interpreter():
+    """Which cannot multiply bfloat16."""
+    pytest.importorskip("triton")
+    code = """
+import torch
+from benchmarks import kernels
+from benchmarks.kernels import Shape
+for dtype in (torch.float32, torch.float16):
+    for op, shape in (("low_rank_edit", Shape(37, 100, 3, 0, dtype)), ("low_rank_edit", Shape(33, 136, 20, 0, dtype)),
+                      ("low_rank_edit_at_", Shape(42, 72, 8, 0, dtype)), ("scale", Shape(50, 100, 0, 0, dtype))):
+        for which in kernels.PASSES:
+            made = kernels.calls(op, shape, "cpu", 1, compile=False)
+            kernels.validate(op, shape, {name: made[name] for name in ("eager", "reference", "triton")}, which)
+print("agreed")
+"""
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.stdout.endswith("agreed\n"), done.stderr
