@@ -28,7 +28,7 @@ KNOWN = ("home", "job", "pet", "taste", "drink", "instrument")          # what i
 
 
 def people(seed: int = 0) -> dict[str, list[str]]:
-    """50 people: 30 to train on, 8 to choose the layer, 12 to report."""
+    """48 people: 30 to train on, 8 to choose the layer, 10 to report."""
     names = list(PEOPLE)
     random.Random(seed).shuffle(names)
     return {"train": names[:30], "validation": names[30:38], "test": names[38:]}

@@ -125,6 +125,29 @@ WRONG = {  # exercise → what people write first: why it is wrong → the answe
         "numbers of all rows together": "return torch.bincount(documents.flatten())[documents] * (documents > 0)",
         "padding is a document, too": "return (documents[:, :, None] == documents[:, None, :]).sum(2)",
     },
+    "10.1": {
+        "the means themselves": "return torch.linalg.qr(means.T).Q.T",
+        "all but one of the means": "return torch.linalg.qr(means[1:].T).Q.T",
+        "not orthonormal": "return means[1:] - means[:1]",
+        "differences that go round": "return torch.linalg.qr((means - means.roll(1, 0)).T).Q.T",
+    },
+    "10.2": {
+        "all pairs count": "return (said == third).float().mean().item()",
+        "divided by all pairs": "return ((said == third) & (third != base) & (third != source)).float().mean().item()",
+        "looks at the base only": "return (said == third)[third != base].float().mean().item()",
+        "looks at the source only": "return (said == third)[third != source].float().mean().item()",
+    },
+    "11.1": {
+        "forgets the sum over rows": "return g * l, g * x",
+        "a mean": "return g * l, (g * x).mean(0)",
+        "dx takes x": "return g * x, (g * x).sum(0)",
+        "sums over channels": "return g * l, (g * x).sum(1)",
+    },
+    "11.2": {
+        "what comes from outside twice is forgotten": "return sum(sum(step) for step in chain), 2",
+        "writes everything": "return sum(sum(step) for step in chain), sum(o + w for _, o, w in chain)",
+        "readings only": "return sum(i + o for i, o, _ in chain), sum(o for _, o, _ in chain)",
+    },
     "13.1": {
         "the weights once": "return 3 * N * C // 8 + 2 * r * C // 8",
         "rows read once": "return 2 * N * C // 8 + 2 * r * C // 8 * (N // R)",

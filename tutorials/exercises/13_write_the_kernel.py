@@ -6,9 +6,13 @@
 # and run the copy: no error means that every check has passed.
 
 # %%
+import sys
+
 import torch
 
 import minireft
+
+sys.path.append(minireft.__path__[0] + "/..")                             # the repository, for its kernels
 from tutorials.kernels.ladder import VERSIONS, Rung, least_sectors
 
 N, C, r = 64, 256, 8
