@@ -121,7 +121,8 @@ def tokens(training: list[dict], generation: list[dict]):
             axis.bar(x, [r[1] for r in rates], 0.75 / len(names), color=COLORS[name], label=name,
                      yerr=[[r[1] - r[2] for r in rates], [r[0] - r[1] for r in rates]], error_kw={"lw": 0.8})
         axis.set_xticks(range(len(rows)), [f"{row['batch']} × {row['tokens']}" for row in rows])
-        axis.set(title=title, xlabel="batch × tokens" if axis is axes[0][0] else "batch × tokens of the prompt", yscale="log")
+        axis.set(title=title, xlabel="batch × tokens" if axis is axes[0][0] else "batch × tokens of the prompt")
+        axis.yaxis.set_major_formatter("{x:,.0f}")
         axis.legend(fontsize=8, frameon=False)
     axes[0][0].set_ylabel("tokens a second")
     fig.suptitle(f"C 256, 4 layers ({caption(steps)})", x=0.01, ha="left", fontsize=10)

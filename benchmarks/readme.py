@@ -118,7 +118,7 @@ def gpu_table(rows: list[dict]) -> str:
         both = mine["both"]["providers"]
         shares = [f"{mine[which]['bytes'] / mine[which]['providers']['ours']['us'][1] / 1e3 / mine[which]['ceilings']['copy']:.0%}" for which in ("forward", "backward")]
         gains = ", ".join(f"{both[name]['us'][1] / both['ours']['us'][1]:.1f}" if name in both else "–" for name in ("eager", "compiled", "triton"))
-        lines.append([f"`{op}`", shape, "bfloat16", f"{both['ours']['us'][1]:.0f}", *shares, gains, str(both["ours"]["launches"] or "")])
+        lines.append([f"`{op}`", shape, "bfloat16", f"{both['ours']['us'][1]:.0f}", *shares, gains, str(both["ours"].get("launches") or "")])
     where = (f"Measured {rows[-1]['date']} on {rows[-1]['device']}, torch {rows[-1]['torch']}, {rows[-1]['compiler']}, commit {rows[-1]['commit']}." if rows
              else "No GPU was at hand: never run, so the cells are empty. `make gpu` measures them.")
     return f"{markdown(lines)}\n\n{where}"

@@ -5,6 +5,7 @@ See:  every provider of every operation computes the same function; the GPU's li
 """
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import bench, gpu, harness, kernels
+from benchmarks import bench, gpu, harness, kernels, plot, readme
 from benchmarks.kernels import Call, Shape
 from minireft import ops
 
@@ -158,6 +159,15 @@ def test_providers_take_turns():
     assert len(phases) == 7 and all(second > first for first, second in phases)
 
 
+def test_pictures_are_drawn_from_the_results(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    for name in ("kernels", "training", "generation"):
+        (tmp_path / f"{name}.jsonl").write_bytes((harness.RESULTS / f"{name}.jsonl").read_bytes())
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    plot.main()
+    assert all((tmp_path / f"{name}.png").stat().st_size > 20_000 for name in ("roofline", "speedup", "step", "tokens"))
+
+
 def test_an_unknown_program_is_one_line(capsys):
     assert bench.main(["trainings"]) == 2 and "expected one of kernels, training, generation, all" in capsys.readouterr().err
 
@@ -214,8 +224,10 @@ def stand_in(monkeypatch):
 def test_the_lines_of_the_gpu_run(stand_in, cold):
     row = kernels.measure("low_rank_edit", SMALL["low_rank_edit"], "both", stand_in, CEILINGS, 0, cold, compile=False)
     ours = row["providers"]["ours"]
-    assert ours["peak_bytes"] == 77 and ours["launches"] is None          # nothing ran on a GPU, and it says so
-    assert ("graph_us" in ours) != cold and (cold or ours["graph_us"][1] >= 1)
+    if cold:                                                              # the profiler is slow, and has seen the hot ones
+        assert "launches" not in ours and "graph_us" not in ours
+    else:
+        assert ours["peak_bytes"] == 77 and ours["launches"] is None and ours["graph_us"][1] >= 1     # nothing ran on a GPU: it says so
 
 
 def test_a_call_that_cannot_be_captured_leaves_its_cell_empty(stand_in, monkeypatch, capsys):
@@ -297,3 +309,12 @@ print("agreed")
 """
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.stdout.endswith("agreed\n"), done.stderr
+
+
+def test_the_gpu_s_table_is_made_of_its_rows(stand_in):
+    assert "never run" in readme.gpu_table([]) and readme.gpu_table([]).count("|  |  |  |  |  |") == 6
+    rows = [kernels.measure("scale", Shape(64, 32, dtype=torch.bfloat16), which, stand_in, {"copy": 10.0, "operations": {"bfloat16": 1e9}}, 0, True, False)
+            for which in kernels.PASSES]
+    table = readme.gpu_table([{**row, "N": 16384, "C": 4096} for row in rows])
+    (line,) = (line for line in table.splitlines() if line.startswith("| `scale`"))
+    assert len(re.findall(r"\d+%", line)) == 2 and "never run" not in table and "Measured" in table
