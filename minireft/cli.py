@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from minireft.runs import started
 PROGRAMS = {"bench": "bench.py", "profile": "profile_kernel.py", "neftune": "neftune.py", "reproduce": "reproduce/run.py"}
 # What `tune` can change of a recipe or a method: an option of its adapter, or a field of TrainConfig.
 SETTINGS = ("rank", "layers", "positions", "tied", "sites", "init_scale", "layer_norm", "neftune", "epochs", "steps", "batch_size", "lr",
-            "optimizer", "schedule", "warmup", "weight_decay", "losses", "pack")
+            "optimizer", "schedule", "warmup", "weight_decay", "losses", "pack", "bucket", "recompute")
 
 
 # -------------------------------------------------------------------------------------------------- the everyday verbs
@@ -43,12 +44,18 @@ def tune(args) -> None:
     done = out / ("base" if full else "adapter.safetensors")
     if not args.resume and (started(out) or done.exists()):
         raise ValueError(f"{out} holds a run already: add --resume to go on with it, or name another folder with --out")
-    model, tokenizer = open_base(args)
+    half = torch.bfloat16 if args.bf16 and not full else None             # a base that learns keeps float32 weights
+    model, tokenizer = open_base(args, "meta" if args.dry_run else None, half)
     examples = read(args, "train")
     torch.manual_seed(args.seed)
     changes = {key: getattr(args, key) for key in SETTINGS if getattr(args, key) is not None}
     adapters, config = recipe(name, model, examples, args.seed, print if args.recipe else None, **changes)
+    config = replace(config, bf16=args.bf16 and full, accumulate=pieces(args.micro_batch, config.batch_size))
     adapter = None if full else adapters[0]
+    if args.dry_run:
+        from .dry_run import show
+        from .dry_run import show
+        return show(model.to(half or torch.float32), adapters, config, [len(minireft.data.encode(tokenizer, e, model.config.context).ids) for e in examples])
     if adapter:
         adapter.print_trainable_parameters()
     else:
@@ -155,17 +162,26 @@ def reproduce(args) -> None:
 
 # -------------------------------------------------------------------------------------------------------------- shared
 
-def open_base(args):
+def open_base(args, device=None, dtype=None):
     """The base and its tokenizer on the device asked for."""
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: this torch sees no GPU; `minireft doctor` says why, --device cpu works")
-    model, tokenizer = minireft.load(args.base, device)
+    model, tokenizer = minireft.load(args.base, device, dtype)
     if tokenizer is None:
         raise ValueError(f"{args.base} has no tokenizer.json: put the base's own one there, commands speak in text")
     if "OMP_NUM_THREADS" not in os.environ and model.config.width <= 512:
         torch.set_num_threads(1)        # a small model's operations are too short to share
     return model, tokenizer
+
+
+def pieces(micro_batch: str | None, batch: int) -> int | str:
+    """--micro-batch as TrainConfig's `accumulate`."""
+    if micro_batch in (None, "auto"):
+        return micro_batch or 1
+    if not micro_batch.isdigit() or int(micro_batch) < 1 or batch % int(micro_batch):
+        raise ValueError(f"--micro-batch {micro_batch}: expected auto, or a number that divides the batch of {batch}")
+    return batch // int(micro_batch)
 
 
 def read(args, split: str):
@@ -290,6 +306,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--weight-decay", type=number(float, 0), metavar="X", help="default: 0")
     add("--losses", type=lambda names: tuple(names.split(",")), metavar="LIST",
         help="lm (default); unlikelihood, length where there are choices")
+    add("--dry-run", action="store_true", help="estimate the memory, say what fits 8 to 24 GB, and load nothing")
+    add("--bf16", action="store_true", help="weights in bfloat16, adapters in float32; with full, products in bfloat16")
+    add("--recompute", action="store_true", default=None, help="run blocks again in the backward pass: less memory, more time")
+    add("--micro-batch", metavar="N", help="examples at a time, or auto: as many as fit (default: the whole batch)")
+    add("--bucket", type=number(int, 1), metavar="N", help="sort the examples of N steps by length: less padding")
     add("--seed", type=int, default=0, metavar="N", help="of the start, the order and the noise (default: 0)")
 
     add = p[generate].add_argument

@@ -10,7 +10,7 @@ import pytest
 import small
 import torch
 
-from minireft import Example, Tokenizer, read_examples
+from minireft import Example, Tokenizer, data, read_examples
 from minireft.data import Encoded, collate, encode, encode_prompt
 from minireft.losses import cross_entropy, token_losses
 
@@ -82,3 +82,18 @@ def test_missing_and_empty_files_are_named(tmp_path):
     (tmp_path / "e.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="holds no rows"):
         read_examples(tmp_path / "e.jsonl")
+
+
+def test_buckets_hold_like_lengths_and_every_example_as_often():
+    lengths = [3 + (7 * i) % 19 for i in range(24)]
+    steps = [data.batch_at(step, lengths, 5, 4, bucket=3) for step in range(12)]
+    stream = data.order(24, 5, 0, 48)
+    for first in range(0, 12, 3):                                         # three steps share what came to them, sorted and dealt out
+        assert sorted(sum(steps[first : first + 3], [])) == sorted(stream[first * 4 : first * 4 + 12])
+        spans = sorted((min(lengths[i] for i in step), max(lengths[i] for i in step)) for step in steps[first : first + 3])
+        assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:]))
+    assert all(sorted(sum(steps[first : first + 6], [])) == list(range(24)) for first in (0, 6))          # two whole passes
+    assert [data.batch_at(step, lengths, 5, 4) for step in range(12)] == [stream[i : i + 4] for i in range(0, 48, 4)]
+    by_size = [[sum(lengths[i] for i in step) for step in steps[first : first + 3]] for first in range(0, 12, 3)]
+    assert any(sizes != sorted(sizes) for sizes in by_size)               # the short ones do not always come first
+    assert data.batch_at(0, lengths[:5], 5, 4, bucket=9) == data.order(5, 5, 0, 4)          # no more than one pass is sorted

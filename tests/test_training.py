@@ -341,6 +341,17 @@ def test_autocast_trains_fp32_parameters(monkeypatch):
         assert losses[-1] < 0.9 * losses[0]
 
 
+@pytest.mark.parametrize("kind", ("LoReFT", "IA3 by Adafactor", "LoRA"))
+def test_bf16_weights_carry_fp32_adapters(kind):
+    model = small.model(dtype=torch.bfloat16)
+    base, adapters = small.bits(model), adapters_for(kind, model)
+    losses = train(model, adapters, EXAMPLES[:4], config(steps=40, lr=0.02, recompute=True), **QUIET).losses
+    assert losses[-1] < 0.9 * losses[0] and small.same_bits(small.bits(model), base)
+    assert all(p.dtype == torch.float32 for p in adapters[0].parameters())
+    single, others = fresh(kind)
+    assert losses[0] == pytest.approx(train(single, others, EXAMPLES[:4], config(steps=1), **QUIET).losses[0], rel=0.03)
+
+
 @pytest.mark.parametrize("kind", ("LoReFT and NEFTune", "IA3 by Adafactor", "full"))
 def test_recomputing_blocks_changes_nothing(kind):
     results = []
@@ -375,7 +386,8 @@ def test_order_is_a_permutation_of_its_own_every_pass():
     ({"steps": 0}, "steps is 0"), ({"batch_size": 0}, "batch_size is 0"), ({"accumulate": 3}, "batch_size 4 cannot be cut into 3"),
     ({"lr": 0.0}, "lr is 0.0"), ({"lr": float("nan")}, "lr is nan"), ({"optimizer": "sgd"}, "optimizer is 'sgd'"), ({"schedule": "step"}, "schedule is 'step'"),
     ({"warmup": 1.0}, "warmup is 1.0"), ({"warmup": -0.1}, "warmup is -0.1"), ({"clip": -1.0}, "clip is -1.0"), ({"clip": float("nan")}, "clip is nan"),
-    ({"save_every": 0}, "save_every is 0"), ({"accumulate": 0}, "accumulate is 0")])
+    ({"save_every": 0}, "save_every is 0"), ({"accumulate": 0}, "accumulate is 0: expected at least 1, or \"auto\""),
+    ({"accumulate": "most"}, "accumulate is 'most'"), ({"bucket": 0}, "bucket is 0"), ({"bucket": 4, "pack": True}, "leave one of them out")])
 def test_settings_out_of_range_are_named(change, words):
     with pytest.raises(ValueError, match=words):
         config(**change)
