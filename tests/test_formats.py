@@ -226,6 +226,7 @@ def test_what_no_architecture_of_theirs_computes_is_not_written(tmp_path):
     ({"model_type": "mamba"}, "model_type 'mamba': expected one of llama, mistral, qwen2, qwen3, gpt2, opt, bert, roberta, t5"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling"),
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_scaling"),
+    *(({"rope_scaling": {"type": kind, "factor": 2.0}}, f"'type': '{kind}'") for kind in ("dynamic", "longrope", "su")),
     ({"hidden_act": "relu"}, "hidden_act 'relu': minireft computes 'silu' only"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
     ({"attention_bias": True}, "attention_bias True but mlp_bias False"),

@@ -19,12 +19,20 @@ LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_fr
 DECODERS = {
     "llama": lambda: transformers.LlamaConfig(**COMMON, num_key_value_heads=2),
     "llama, biases, tied": lambda: transformers.LlamaConfig(**COMMON, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+    "llama, heads of their own width": lambda: transformers.LlamaConfig(**COMMON, num_key_value_heads=2, head_dim=6, tie_word_embeddings=True),
     "llama 3.1": lambda: transformers.LlamaConfig(**COMMON, num_key_value_heads=1, rope_parameters=LLAMA3),
     "llama, linear": lambda: transformers.LlamaConfig(**COMMON, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 100.0}),
     "mistral": lambda: transformers.MistralConfig(**COMMON, num_key_value_heads=2, sliding_window=None),
+    "mistral, keys for every head, tied": lambda: transformers.MistralConfig(**COMMON, num_key_value_heads=4, sliding_window=48, tie_word_embeddings=True),
     "qwen2": lambda: transformers.Qwen2Config(**COMMON, num_key_value_heads=2, tie_word_embeddings=True),
+    "qwen2, untied": lambda: transformers.Qwen2Config(**COMMON, num_key_value_heads=1, tie_word_embeddings=False),
     "qwen3": lambda: transformers.Qwen3Config(**COMMON, num_key_value_heads=2, head_dim=6, tie_word_embeddings=True),
+    "qwen3, untied": lambda: transformers.Qwen3Config(**COMMON, num_key_value_heads=4, head_dim=4, tie_word_embeddings=False),
     "gpt2": lambda: transformers.GPT2Config(vocab_size=61, n_embd=16, n_layer=2, n_head=4, n_positions=40),
+    "gpt2, untied, relu": lambda: transformers.GPT2Config(vocab_size=61, n_embd=16, n_layer=2, n_head=4, n_positions=40, n_inner=20, activation_function="relu",
+                                                          tie_word_embeddings=False),
+    "opt, untied, gelu": lambda: transformers.OPTConfig(vocab_size=61, hidden_size=16, word_embed_proj_dim=16, num_hidden_layers=2, num_attention_heads=4, ffn_dim=24,
+                                                        max_position_embeddings=40, activation_function="gelu", tie_word_embeddings=False),
     "opt": lambda: transformers.OPTConfig(vocab_size=61, hidden_size=16, word_embed_proj_dim=16, num_hidden_layers=2, num_attention_heads=4, ffn_dim=24,
                                           max_position_embeddings=40)}
 ENCODERS = {
