@@ -1,5 +1,5 @@
 """One intervention of rank 1 as a memory: how long a text can a single edit of a single state make a frozen model write?
-Run: python benchmarks/memorise.py [--quick] [--write]       (--write updates results/memorise.json; stories260K where the public data are)
+Run: python benchmarks/memorise.py [--steps N] [--quick] [--write]     (--write updates results/; stories260K where the public data are)
 You should see, for each model and layer, the longest beginning of a text that `GO->` is continued with, to the token.
 
 The example that ReFT is introduced by: LoReFT, r = 1, on the output of layer 19 of 32, at the last prompt token, trained on the one pair
@@ -25,7 +25,7 @@ from minireft.reading import states
 RESULTS = Path(__file__).parent / "results"
 DATA = Path(os.environ.get("MINIREFT_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-RATES = (0.1, 1.0, 10.0)                # c: the learning rate is c / ‖h‖
+RATES = (1.0, 0.1, 10.0)                # c: the learning rate is c / ‖h‖; the first that learns a text whole is enough
 MODELS = {                              # name → (path, prompt, text)
     "shipped base": ("base", "go ->", "anna lives in cairo . ben likes the red apple . the box is in the kitchen . dan has two books and three keys . "
                      "cora gave a cup to emil . the dog was in the garden"),
@@ -56,10 +56,15 @@ def longest(model, tokenizer, layer: int, prompt: list[int], text: list[int], st
              "without an edit": remembered(model, tokenizer, reft, prompt, text), "lengths": {}}
     whole = []                                                            # the last lengths: learned whole or not
     for length in (n for n in lengths if n <= len(text)):
-        tokens = {c: learn(model, tokenizer, layer, prompt, text[:length], c / norm, steps) for c in RATES}
+        tokens = {}
+        for c in RATES:
+            tokens[c] = learn(model, tokenizer, layer, prompt, text[:length], c / norm, steps)
+            if tokens[c] == length:
+                break
         best = max(tokens, key=tokens.get)
         found["lengths"][length] = {"tokens": tokens[best], "c": best}
         whole.append(tokens[best] == length)
+        print(f"  layer {layer}, {length} tokens: {tokens}", flush=True)
         if whole[-2:] == [False, False]:
             break
     found["longest"] = max((n for n, f in found["lengths"].items() if f["tokens"] == n), default=0)
@@ -69,10 +74,11 @@ def longest(model, tokenizer, layer: int, prompt: list[int], text: list[int], st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few steps and two lengths: does it run?")
+    parser.add_argument("--steps", type=int, default=500, help="for each length and rate")
     parser.add_argument("--write", action="store_true", help="update results/memorise.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    steps, lengths = (10, LENGTHS[:2]) if options.quick else (500, LENGTHS)
+    steps, lengths = (10, LENGTHS[:2]) if options.quick else (options.steps, LENGTHS)
     results = {"date": datetime.date.today().isoformat(), "torch": torch.__version__, "steps": steps, "models": {}}
     for name, (path, prompt, text) in MODELS.items():
         if path != "base" and not path.is_file():

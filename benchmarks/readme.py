@@ -150,9 +150,33 @@ def cost_table(training: list[dict], generation: list[dict]) -> str:
 RUNS = {"kernels": (kernels_table, "kernels"), "gpu": (gpu_table, "gpu"), "cost": (cost_table, "training", "generation")}
 
 
+def stories_table(results: dict) -> str:
+    """What a real small model does before and after tuning, a column for each purpose."""
+    purposes = list(results.values())
+    chance = [f"{p['before']:.3f} ± {(p['before'] * (1 - p['before']) / p['items']['test']) ** 0.5:.3f}" for p in purposes]
+    lines = [["stories260K", "numbers", *(f"{name} ({p['items']['test']} items)" for name, p in results.items())], ["before", "0", *chance]]
+    for method in purposes[0]["methods"]:
+        each = [p["methods"][method] for p in purposes]
+        cells = [f"{mean(m['test']):.3f} ± {stdev(m['test']) / len(m['test']) ** 0.5:.3f}" for m in each]
+        lines.append([method, f"{each[0]['parameters']:,}", *cells])
+    dates = " and ".join(dict.fromkeys(p["date"] for p in purposes))
+    return (f"{markdown(lines)}\n\nMeans over {purposes[0]['seeds']} seeds ± standard error (before: of the items); "
+            f"{' and '.join(str(p['steps']) for p in purposes)} steps of {purposes[0]['batch']}, the learning rate chosen on validation items. Measured {dates}.")
+
+
+def memorise_table(results: dict) -> str:
+    """The longest beginning of a text that one edit of rank 1 makes each model write."""
+    lines = [["model", "edited after layer", "numbers", "without an edit", "longest exact beginning"]]
+    for name, layers in results["models"].items():
+        lines += [[name, str(found['layer']), str(found["parameters"]), f"{found['without an edit']} tokens",
+                   f"{found['longest']} tokens"] for found in layers]
+    return f"{markdown(lines)}\n\n{results['steps']} steps for each length, one seed, the best of three learning rates. Measured {results['date']}."
+
+
 def filled(readme: str) -> str:
     """README.md's text with every table between markers written anew."""
-    makers = {"demo": demo_table, "tfew": tfew_table, "neftune": neftune_table, "classification": classification_table}
+    makers = {"demo": demo_table, "tfew": tfew_table, "neftune": neftune_table, "classification": classification_table,
+              "stories": stories_table, "memorise": memorise_table}
     tables = {name: maker(json.loads((RESULTS / f"{name}.json").read_text())) for name, maker in makers.items()}
     for name, (maker, *files) in RUNS.items():
         tables[name] = maker(*(harness.read(path) if (path := RESULTS / f"{file}.jsonl").exists() else [] for file in files))
