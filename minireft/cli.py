@@ -61,7 +61,7 @@ def tune(args) -> None:
     else:
         print(f"trainable parameters: all {sum(p.numel() for p in model.parameters()):,} of the base")
     try:
-        run = minireft.train(model, adapters, examples, config, tokenizer, out, args.resume, progress(args))
+        run = minireft.train(model, adapters, examples, config, tokenizer, out, args.resume, progress(args), args.tensorboard)
     except KeyboardInterrupt:
         again = shlex.join(["minireft", *args.argv, *([] if args.resume else ["--resume"])])
         raise KeyboardInterrupt(f"go on with\n  {again}" if started(out) else "no checkpoint had been written yet") from None
@@ -310,6 +310,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--bf16", action="store_true", help="weights in bfloat16, adapters in float32; with full, products in bfloat16")
     add("--recompute", action="store_true", default=None, help="run blocks again in the backward pass: less memory, more time")
     add("--micro-batch", metavar="N", help="examples at a time, or auto: as many as fit (default: the whole batch)")
+    add("--tensorboard", action="store_true", help="the log as TensorBoard events too, where that package is installed")
     add("--bucket", type=number(int, 1), metavar="N", help="sort the examples of N steps by length: less padding")
     add("--seed", type=int, default=0, metavar="N", help="of the start, the order and the noise (default: 0)")
 

@@ -29,6 +29,16 @@ def started(out) -> bool:
     return any((Path(out) / name).exists() for name in NAMES)
 
 
+def board(out, first: int):
+    """A TensorBoard writer in out/tensorboard that drops what an earlier life wrote from step `first` on. ValueError without
+    the package."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("tensorboard is not installed: pip install tensorboard, or leave it out; log.jsonl has the same numbers") from None
+    return SummaryWriter(str(Path(out) / "tensorboard"), purge_step=first)
+
+
 def generators(device: torch.device) -> dict:
     """The states of the generators that training draws from (dropout): restored by `restore_generators`."""
     return {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})}

@@ -20,7 +20,7 @@ from .data import Encoded, Example, batch_at, collate, encode, encode_label, pac
 from .losses import OBJECTIVES
 from .memory import GB, advice, fewest_pieces, more_pieces, out_of_memory, peak_bytes
 from .model import Model
-from .runs import Folder, generators, restore_generators
+from .runs import Folder, board, generators, restore_generators
 
 
 @dataclass(frozen=True)
@@ -128,14 +128,15 @@ def prepared(model: Model, adapters: list[Adapter], config: TrainConfig):
 
 
 def train(model: Model, adapters: list[Adapter] = (), examples: list[Example] = (), config: TrainConfig = TrainConfig(),
-          tokenizer=None, out=None, resume: bool = False, progress: bool = True) -> Run:
+          tokenizer=None, out=None, resume: bool = False, progress: bool = True, tensorboard: bool = False) -> Run:
     """Minimises the sum of `config.losses` over the parameters of `adapters` (and the base if config.full): by default the
     mean −log p of the completions' tokens.
 
     Attaches what is not attached and detaches it again, also after an error or Ctrl-C. `tokenizer`: None takes the one that
     `load` gave the model; examples that are `Encoded` already need none. `out`: a folder for log.jsonl and checkpoint.pt;
     resume=True goes on from the checkpoint there, to the same bits as an uninterrupted run on the same machine, thread
-    count and backend. Only what is trained has gradients; none flow below the lowest site in use.
+    count and backend. tensorboard: the log as events in out/tensorboard too, where that package is installed. Only what is
+    trained has gradients; none flow below the lowest site in use.
     Under `torchrun` every process takes its share of each batch, and only the gradients of what is trained are exchanged.
     Raises ValueError for bad examples, nothing to train, a checkpoint of another run; OSError for a folder in use or full;
     FloatingPointError for a loss that is not finite (the batch is saved) and MemoryError, which says what to lower: the last
@@ -143,6 +144,8 @@ def train(model: Model, adapters: list[Adapter] = (), examples: list[Example] = 
     """
     if not examples:
         raise ValueError("there are no examples to train on")
+    if tensorboard and not out:
+        raise ValueError("tensorboard=True needs a folder to write to: give out=...")
     adapters, tokenizer = list(adapters), tokenizer or model.tokenizer
     labels = labels_of([*model.adapters, *adapters])
     if labels and config.losses == ("lm",):
@@ -174,10 +177,10 @@ def train(model: Model, adapters: list[Adapter] = (), examples: list[Example] = 
         folder = stack.enter_context(Folder(out, model, adapters, config, rows, team.rank == 0)) if out else None
         optimizer = make_optimizer(config, trained)
         optimizer.zero_grad()                                             # an interrupted step may have left gradients
-        return steps(model, adapters, examples, rows, config, optimizer, trained, team, folder, resume, progress)
+        return steps(model, adapters, examples, rows, config, optimizer, trained, team, folder, resume, progress, tensorboard)
 
 
-def steps(model, adapters, examples, rows, config, optimizer, trained, team, folder, resume, progress) -> Run:
+def steps(model, adapters, examples, rows, config, optimizer, trained, team, folder, resume, progress, tensorboard) -> Run:
     """All the steps of a run that was checked and set up, with what is written beside them."""
     device, share = trained[0].device, config.batch_size // team.size
     widths = [max(map(len, (row.ids, *row.wrong))) for row in rows]       # tokens of an example's longest row
@@ -185,6 +188,7 @@ def steps(model, adapters, examples, rows, config, optimizer, trained, team, fol
     largest = max(widths), max(1 + len(row.wrong) for row in rows)        # tokens, choices
     first, pieces = folder.begin(optimizer, resume) if folder else (0, None)
     team.start_equal(trained)
+    writer = board(folder.out, first) if tensorboard and folder and folder.writes else None
     if config.accumulate != "auto":
         pieces = config.accumulate
     elif pieces is None:
@@ -218,10 +222,14 @@ def steps(model, adapters, examples, rows, config, optimizer, trained, team, fol
         speed, peak = sum(tokens[i] for i in chosen) / (time.perf_counter() - begun), peak_bytes(device) / GB
         bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s, {peak:.2f} GB")
         if folder:
-            folder.log(step=step, loss=loss, lr=rate, seconds=round(time.perf_counter() - started, 3),
-                       tokens_per_second=round(speed, 1), peak_gb=round(peak, 3))
+            numbers = dict(loss=loss, lr=rate, seconds=round(time.perf_counter() - started, 3), tokens_per_second=round(speed, 1), peak_gb=round(peak, 3))
+            folder.log(step=step, **numbers)
+            for name, number in numbers.items() if writer else ():
+                writer.add_scalar(name, number, step)
             if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
                 folder.save(step + 1, optimizer, pieces)
+    if writer:
+        writer.close()
     return Run(losses, time.perf_counter() - started, first)
 
 

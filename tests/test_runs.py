@@ -331,3 +331,17 @@ def test_the_first_pieces_are_those_of_the_estimate(tmp_path, monkeypatch, littl
         assert memory.fewest_pieces(model, adapters, config(), 8, 4) == pieces
     assert memory.fewest_pieces(model, adapters, config(), 8, 6, choices=1) == 6
     assert [memory.more_pieces(n, 12) for n in (1, 2, 4, 6, 12)] == [2, 4, 12, 12, 12]
+
+
+def test_tensorboard_is_written_where_it_is_and_named_where_it_is_not(tmp_path, monkeypatch):
+    model, adapters = fresh()
+    with pytest.raises(ValueError, match="tensorboard=True needs a folder"):
+        train(model, adapters, EXAMPLES, config(), progress=False, tensorboard=True)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)     # as where the package is not installed
+    with pytest.raises(ValueError, match="tensorboard is not installed: pip install tensorboard, or leave it out"):
+        train(model, adapters, EXAMPLES, config(), out=tmp_path / "without", progress=False, tensorboard=True)
+    assert model.adapters == [] and not (tmp_path / "without" / "log.jsonl").exists()
+    monkeypatch.undo()
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    train(model, adapters, EXAMPLES, config(), out=tmp_path / "with", progress=False, tensorboard=True)
+    assert any((tmp_path / "with" / "tensorboard").iterdir())
