@@ -70,6 +70,14 @@ def test_kernels_move_close_to_the_least_bytes_in_full_sectors_without_conflicts
     assert found["bank_conflicts"] == 0
 
 
+def test_high_ranks_move_no_more_than_they_must(emulator):
+    """What the backward pass keeps between its two kernels stays in L2; where D, A and the sums fill it, g is read twice."""
+    found = profile("low_rank_edit", N=1024, C=1024, r=64, weights="bf16", backward=True, emulator=emulator, gpus={})
+    assert found["bytes"] <= 1.10 * found["least_bytes"]
+    found = profile("low_rank_edit", N=256, C=4096, r=64, backward=True, emulator=emulator, gpus={})
+    assert found["bytes"] <= 1.03 * (found["least_bytes"] + 256 * 4096 * 2)
+
+
 def test_counts_are_the_same_on_every_run(emulator):
     first, second = (profile("low_rank_edit_at", N=56, C=512, r=16, backward=True, emulator=emulator) for _ in range(2))
     assert {k: v for k, v in first.items() if k != "kernels"} == {k: v for k, v in second.items() if k != "kernels"}

@@ -85,7 +85,7 @@ int64_t padded(int64_t bytes) { return ceil_div(bytes, 128) * 128; }  // so that
 
 int64_t low_rank_edit_workspace(const Edit& e) {
   const Plan p = plan(e);
-  return padded(e.B * e.P * e.r * 4) + padded(e.B * e.P * 8) + p.splits * padded(p.sums * 4);
+  return padded(p.chunk * e.r * 4) + padded(p.chunk * 8) + p.splits * padded(p.sums * 4);
 }
 
 const char* low_rank_edit(const Edit& e, const EditForward& f, void* stream) {
@@ -101,9 +101,9 @@ const char* low_rank_edit_backward(const Edit& e, const EditBackward& f, void* s
   const Plan p = plan(e);
   char* space = static_cast<char*>(f.workspace);
   float* u = reinterpret_cast<float*>(space);
-  int64_t* places = reinterpret_cast<int64_t*>(space += padded(N * e.r * 4));
-  float* sums = reinterpret_cast<float*>(space += padded(N * 8));
-  Rows rows{e, f.g, f.dh, f.up, f.down, nullptr, nullptr, u, places, 0, N};
+  int64_t* places = reinterpret_cast<int64_t*>(space += padded(p.chunk * e.r * 4));
+  float* sums = reinterpret_cast<float*>(space += padded(p.chunk * 8));
+  Rows rows{e, f.g, f.dh, f.up, f.down, nullptr, nullptr, nullptr, nullptr, 0, N};
   const bool saved = f.rows != nullptr;
   const Stream h = saved ? Stream{const_cast<void*>(f.rows), e.P * e.C, e.C} : f.h;
   Products products{e, u, static_cast<const float*>(f.delta), places, h, f.g, aligned(f.delta), saved, {}, {}, 0, 0, 0};
@@ -118,6 +118,8 @@ const char* low_rank_edit_backward(const Edit& e, const EditBackward& f, void* s
     products.split_stride = padded(p.sums * 4) / 4;
     for (int64_t n = 0; n == 0 || n < N; n += p.chunk) {
       rows.begin = products.begin = n, rows.end = products.end = smaller(N, n + p.chunk);
+      products.u = rows.factors = u - n * e.r;  // row n's at the start: the next chunk finds the last one's place in L2
+      products.places = rows.places = places - n;
       TRY((launch_rows<T, W>(rows, stream)));
       const bool last = rows.end == N, direct = last && p.splits == 1;  // then the gradients are written here
       for (int i = 0; i < 3; i++) products.before[i] = n > 0 ? partial[i] : nullptr;
