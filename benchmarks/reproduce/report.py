@@ -62,9 +62,9 @@ def against_parameters(figure, claim, found: Found) -> None:
                 axes.axhline(mean, ls="--", lw=1, color="0.6")
                 axes.annotate(method, (0.01, mean), xycoords=("axes fraction", "data"), fontsize=7, color="0.4", va="bottom")
                 continue
-            axes.errorbar(runs[0]["parameters"], mean, yerr=half if half == half else None, fmt="o", ms=5, capsize=2, color=f"C{i % 10}")
-            axes.annotate(method, (runs[0]["parameters"], mean), (4, 4), textcoords="offset points", fontsize=7)
+            axes.errorbar(runs[0]["parameters"], mean, yerr=half if half == half else None, fmt="os^D"[i // 10], ms=5, capsize=2, color=f"C{i % 10}", label=method)
         axes.set(xscale="log", title=f"{task}, {base} base", xlabel="trainable parameters", ylabel="share right", ylim=(-0.03, 1.06))
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
 
 
 def heat_map(figure, found: Found, rows_of, columns, place) -> None:
