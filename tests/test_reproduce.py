@@ -159,13 +159,19 @@ def test_a_cell_is_the_same_twice_and_leaves_the_base_alone(method):
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items()) and model.adapters == []
 
 
-def test_examples_in_the_prompt_are_read():
-    model, tokenizer = methods.fresh("shipped", TINY)
-    shown, asked = (methods.examples("facts", "train", 20), methods.examples("facts", "validation", 1)[0])
-    full = methods.in_context(tokenizer, shown, asked, 90)
-    assert full.prompt.endswith(asked.prompt) and full.prompt.startswith(f"{shown[0].prompt} {shown[0].completion} ") and full.completion == asked.completion
-    assert 60 < len(tokenizer.encode(full.prompt)) <= 90 + len(tokenizer.encode(asked.prompt))
-    assert methods.in_context(tokenizer, shown, asked, 3) == asked
+def test_examples_in_the_prompt_are_read_and_the_bare_base_reads_none(monkeypatch):
+    seen, items = [], methods.examples("facts", "validation", 3)
+
+    def ids(model, prompts, most, eos):
+        seen.append([model.tokenizer.decode(p) for p in prompts])
+        return [[] for _ in prompts]
+    monkeypatch.setattr(methods, "generate_ids", ids)
+    for method in ("frozen", "in context"):
+        assert methods.score("shipped", "facts", method, 0.0, 2, items, TINY)["accuracy"] == 0
+    shot = methods.training_set("facts", 2, 1)[0]
+    assert seen[0] == [e.prompt for e in items]
+    for text, e in zip(seen[1], items):
+        assert text.startswith(f"{shot.prompt} {shot.completion} ") and text.endswith(e.prompt) and 70 < len(text.split()) < 120
 
 
 def test_the_splits_of_what_is_made_here_do_not_meet():

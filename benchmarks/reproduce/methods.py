@@ -18,6 +18,7 @@ from minireft import IA3, RED, Bottleneck, DiReFT, DoRA, LoRA, LoReFT, PrefixTun
 from minireft.data import Example, encode_prompt, order
 from minireft.generation import generate_ids
 from minireft.pretraining import QUICK, pretrain
+from minireft.tasks import few_shot
 from minireft.tasks.corpus import SKILLS
 from minireft.tasks.world import CONTENT
 
@@ -93,18 +94,6 @@ def training_set(task: str, seed: int, count: int) -> list[Example]:
 
 # ---- one cell
 
-def in_context(tokenizer, shown: list[Example], asked: Example, room: int) -> Example:
-    """`asked` behind as many examples with their answers as fit."""
-    front = []
-    for shot in shown:
-        text = f"{shot.prompt} {shot.completion}"
-        room -= len(tokenizer.encode(text))
-        if room < 0:
-            break
-        front.append(text)
-    return replace(asked, prompt=" ".join([*front, asked.prompt]))
-
-
 def accuracy(model, tokenizer, task: str, asked: list[Example], originals: list[Example]) -> float:
     """The share of right answers, written greedily: exactly the completion, or an instruction obeyed."""
     longest = max(len(tokenizer.encode(e.completion)) for e in originals) + 6
@@ -125,9 +114,8 @@ def score(base: str, task: str, method: str, lr: float, seed: int, items: list, 
     virtual = next((a for a in adapters if hasattr(a, "examples")), None)
     prepared = virtual.examples if virtual else list
     asked = items
-    if method == "in context":
-        longest = max(len(tokenizer.encode(f"{e.prompt} {e.completion}")) for e in items)
-        asked = [in_context(tokenizer, train, e, model.config.context - 8 - longest) for e in items]
+    if method == "in context":                                            # as many as fit, with room for an answer that is too long
+        asked = [few_shot.in_context(replace(e, choices=(e.completion,)), train, tokenizer, model.config.context - 6) for e in items]
     diverged = False
     if method not in UNTRAINED:
         config = TrainConfig(steps=scale.steps(steps), lr=lr, seed=seed, full=method == "full")
