@@ -35,7 +35,7 @@ def stages(device: str, minutes: float) -> list[tuple]:
     """(name, seconds it may take, command, more environment); the times take what the others leave."""
     python, me, part = sys.executable, str(Path(__file__)), minutes / 8
     cuda = device.startswith("cuda")
-    found = [("build", 100 * part, [python, "setup.py", "-q", "build_ext", "--inplace"], {"MINIREFT_CUDA": "1"} if cuda else {}),
+    found = [("build", 150 * part, [python, "setup.py", "-q", "build_ext", "--inplace"], {"MINIREFT_CUDA": "1"} if cuda else {}),
              ("property tests", 150 * part, [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_ops.py"]
               + (["-m", "gpu"] if cuda else ["-m", "not gpu and not emulator", "-k", "exact and scale"]), {})]
     suite = [python, me, "--suite", "--device", device]

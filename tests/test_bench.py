@@ -279,7 +279,7 @@ def test_make_gpu_goes_through_its_stages_without_a_gpu_and_without_other_librar
         "import sys\nfor name in ('tqdm', 'matplotlib', 'transformers', 'peft', 'jupytext', 'xdist', 'pytest_timeout', 'triton'):\n"
         "    sys.modules[name] = None\n")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    done = subprocess.run([sys.executable, str(gpu.__file__), "--device", "cpu", "--minutes", "3"], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(gpu.__file__), "--device", "cpu", "--minutes", "6"], env=environment, capture_output=True, text=True)
     assert done.returncode == 1, done.stdout + done.stderr               # the checkers did not run
     for name in ("build", "property tests", "every kernel once", "times", "predictions"):
         assert f"    {name:20}ok" in done.stdout, done.stdout + done.stderr
