@@ -125,6 +125,20 @@ WRONG = {  # exercise → what people write first: why it is wrong → the answe
         "numbers of all rows together": "return torch.bincount(documents.flatten())[documents] * (documents > 0)",
         "padding is a document, too": "return (documents[:, :, None] == documents[:, None, :]).sum(2)",
     },
+    "09.1": {
+        "the last row again": "r = max(len(b) for _, _, b in edits)\nfill = lambda w: torch.cat((w, w[-1:].repeat_interleave(r - len(w), 0)))\n"
+                              "return tuple(torch.stack([fill(e[i]) for e in edits]) for i in range(3))",
+        "cut to the smallest": "r = min(len(b) for _, _, b in edits)\n"
+                               "return tuple(torch.stack([e[i][:r] for e in edits]) for i in range(3))",
+        "ones": "r = max(len(b) for _, _, b in edits)\nfill = lambda w: torch.cat((w, w.new_ones(r - len(w), *w.shape[1:])))\n"
+                "return tuple(torch.stack([fill(e[i]) for e in edits]) for i in range(3))",
+    },
+    "09.2": {
+        "−1 is the last": "return x * l[tasks][:, None]",
+        "none is the first": "return x * l[tasks.clamp(min=0)][:, None]",
+        "by token": "own = torch.where(tasks[:, None] < 0, 1.0, l[tasks.clamp(min=0)])\nreturn x * own",
+        "none is zero": "return x * (l[tasks.clamp(min=0)] * (tasks >= 0)[:, None])[:, None]",
+    },
     "10.1": {
         "the means themselves": "return torch.linalg.qr(means.T).Q.T",
         "all but one of the means": "return torch.linalg.qr(means[1:].T).Q.T",
