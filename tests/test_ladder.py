@@ -68,6 +68,17 @@ def test_a_wrong_version_is_found(version, old, new):
     assert any(wrong(rung, order, seed) for order in ORDERS for seed in (1, 2))
 
 
+def test_the_trace_says_who_touched_what_and_who_waited():
+    body = "SHARED(float, s, 64); const int i = threadIdx.x; store(s + i, load(p.h + i)); __syncthreads(); store(p.out + i, load(s + 63 - i));"
+    for order in ORDERS:
+        events = Rung.small(body, threads=64).trace(torch.arange(64.0)[None], order=order)
+        assert len(events) == 5 * 64 and [e.bytes for e in events].count(0) == 64
+        assert all(e.address == 4 * e.thread for e in events if e.store and e.bytes)              # of s, and of out
+        assert all(e.address == 4 * (63 - e.thread) for e in events if e.shared and not e.store)
+        arrivals = [i for i, e in enumerate(events) if not e.bytes]
+        assert max(arrivals) < min(i for i, e in enumerate(events) if e.shared and not e.store)   # nobody passes before all have come
+
+
 def test_mistakes_are_named():
     h, down, up, bias = problem(2, 8, 1)
     with pytest.raises(ValueError, match="no version 'v9': expected one of v1, v2"):

@@ -162,6 +162,19 @@ WRONG = {  # exercise → what people write first: why it is wrong → the answe
         "writes everything": "return sum(sum(step) for step in chain), sum(o + w for _, o, w in chain)",
         "readings only": "return sum(i + o for i, o, _ in chain), sum(o for _, o, _ in chain)",
     },
+    "12.1": {
+        "first bytes only": "return len({address // 32 for address in addresses})",
+        "bytes over 32": "return -(-len(addresses) * size // 32)",
+        "a sector a thread": "return len(addresses)",
+    },
+    "12.2": {
+        "no barrier": "return 'SHARED(float, s, 64); store(s + threadIdx.x, load(p.h + threadIdx.x)); float sum = 0; "
+                      "for (int j = 0; j < 64; j++) sum += load(s + j); store(p.out + threadIdx.x, sum);'",
+        "everybody reads memory": "return 'float sum = 0; for (int j = 0; j < 64; j++) sum += load(p.h + j); "
+                                  "store(p.out + threadIdx.x, sum);'",
+        "one warp only": "return 'SHARED(float, s, 64); store(s + threadIdx.x, load(p.h + threadIdx.x)); __syncthreads(); "
+                         "float sum = 0; for (int j = 0; j < 32; j++) sum += load(s + j); store(p.out + threadIdx.x, sum);'",
+    },
     "13.1": {
         "the weights once": "return 3 * N * C // 8 + 2 * r * C // 8",
         "rows read once": "return 2 * N * C // 8 + 2 * r * C // 8 * (N // R)",

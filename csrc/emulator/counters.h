@@ -92,6 +92,11 @@ struct Kernel {
   std::map<std::tuple<std::string, int, bool, bool>, Site> sites;  // file, line, store, shared
 };
 
+struct Event {  // one step of one thread, in the order in which they ran: an access, or the arrival at a barrier (bytes 0)
+  int64_t block, thread, line, store, shared, address, bytes;
+};
+
+inline std::vector<Event>* trace = nullptr;  // filled while it is set
 inline bool counting = false;
 inline Cache l2;
 inline std::map<std::string, Kernel> kernels;

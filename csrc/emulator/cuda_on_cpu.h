@@ -118,6 +118,7 @@ inline void meet_warp(const char* what, const char* file, int line) {
 inline int meet_block(int predicate, const char* file, int line) {
   Thread* me = block.current;
   me->what = "__syncthreads", me->file = file, me->line = line;
+  if (trace) trace->push_back({blockIdx.x, me->id, line, 0, 0, 0, 0});
   me->state = State::at_barrier;
   int turn = block.turn;
   block.any[turn] |= predicate != 0;
@@ -157,14 +158,15 @@ inline void* shared_array(size_t bytes, const char* file, int line) {
 inline void touch(const void* p, int bytes, bool store, const char* file, int line) {
   uintptr_t address = reinterpret_cast<uintptr_t>(p);
   if (address % bytes) fail("misaligned access of " + std::to_string(bytes) + " bytes", file, line);
-  if (!counting) return;
+  if (!counting && !trace) return;
   bool shared = false;
   for (SharedArray& s : block.shared) {
     uintptr_t start = reinterpret_cast<uintptr_t>(s.memory);
     shared |= address >= start && address < start + s.bytes;
   }
   int id = block.current->id;
-  block.warps[id / WARP].log[id % WARP].push_back({file, line, store, shared, address, bytes, id % WARP});
+  if (trace) trace->push_back({blockIdx.x, id, line, store, shared, int64_t(address), bytes});
+  if (counting) block.warps[id / WARP].log[id % WARP].push_back({file, line, store, shared, address, bytes, id % WARP});
 }
 
 inline void run_block() {

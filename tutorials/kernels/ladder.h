@@ -37,6 +37,11 @@ EXPORT void ladder_order(int order, uint64_t seed) {
 EXPORT void ladder_count() {
   minireft::emulator::kernels.clear(), minireft::emulator::l2.clear(), minireft::emulator::counting = true;
 }
+EXPORT int64_t ladder_trace(const minireft::emulator::Event** events) {  // null: from here on; otherwise what happened, and stop
+  static std::vector<minireft::emulator::Event> all;
+  if (!events) return all.clear(), minireft::emulator::trace = &all, 0;
+  return minireft::emulator::trace = nullptr, *events = all.data(), int64_t(all.size());
+}
 EXPORT const char* ladder_counts() {  // → JSON
   static std::string text;
   minireft::emulator::counting = false, text = minireft::emulator::report();

@@ -32,6 +32,21 @@ class Problem(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("h", "down", "up", "bias", "out")] + [(name, ctypes.c_int64) for name in ("N", "C", "r")]
 
 
+class Event(ctypes.Structure):
+    """One step of one thread: an access to memory, or its arrival at a barrier, where bytes is 0."""
+    _fields_ = [(name, ctypes.c_int64) for name in ("block", "thread", "line", "store", "shared", "address", "bytes")]
+
+
+SMALL = """#include "ladder.h"
+namespace minireft::MINIREFT_BACKEND {{
+__global__ void edit(Problem p) {{
+{body}
+}}
+const char* run(const Problem& p, void* stream) {{ return LAUNCH((edit), dim3({blocks}), {threads}, 0, stream, p); }}
+}}
+"""
+
+
 class Rung:
     """A version of the ladder, compiled for the emulator when it is first asked for. text: another source in its place, to try
     things. Raises ValueError for a version that is not there, RuntimeError with the compiler's words for what does not compile."""
@@ -56,10 +71,19 @@ class Rung:
         self.library = ctypes.CDLL(str(library))
         self.library.ladder_run.restype = self.library.ladder_counts.restype = ctypes.c_char_p
         self.library.ladder_run.argtypes = (ctypes.POINTER(Problem), ctypes.c_void_p)
+        self.library.ladder_trace.restype, self.library.ladder_trace.argtypes = ctypes.c_int64, (ctypes.c_void_p,)
         self.library.ladder_order.argtypes = (ctypes.c_int, ctypes.c_uint64)
 
-    def __call__(self, h: Tensor, down: Tensor, up: Tensor, bias: Tensor, order: str = "forward", seed: int = 1) -> Tensor:
-        """h (N, C), down and up (r, C), bias (r,), float32 and contiguous, on the CPU → (N, C). order: of a block's threads."""
+    @classmethod
+    def small(cls, body: str, threads: int = 32, blocks: int = 1) -> "Rung":
+        """A kernel of a few lines, to try things with: the C of its body, where p.h is read and p.out written, p.N rows of p.C."""
+        return cls("v1", SMALL.format(body=body, threads=threads, blocks=blocks))
+
+    def __call__(self, h: Tensor, down: Tensor | None = None, up: Tensor | None = None, bias: Tensor | None = None, order: str = "forward", seed: int = 1) -> Tensor:
+        """h (N, C), down and up (r, C), bias (r,), float32 and contiguous, on the CPU → (N, C). Without weights they are of
+        rank 0. order: of a block's threads."""
+        down, up, bias = h.new_zeros(0, h.shape[1]) if down is None else down, h.new_zeros(0, h.shape[1]) if up is None else up, \
+            h.new_zeros(0) if bias is None else bias
         tensors = [h, down, up, bias]
         if any(t.dtype != torch.float32 or not t.is_contiguous() or t.device.type != "cpu" for t in tensors):
             raise ValueError("the ladder takes contiguous float32 tensors on the CPU")
@@ -71,12 +95,28 @@ class Rung:
             raise RuntimeError(f"{self.source.name}: {wrong.decode()}")
         return out
 
-    def count(self, h: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> dict:
+    def trace(self, h: Tensor, *weights: Tensor, order: str = "forward", seed: int = 1) -> list[Event]:
+        """What every thread did to memory, and where it met a barrier, in the order in which it happened. Addresses are bytes from
+        the start of out for what lies in it; in shared memory, from the lowest that is touched; the machine's own elsewhere."""
+        self.library.ladder_trace(None)
+        events = ctypes.POINTER(Event)()
+        try:
+            out = self(h, *weights, order=order, seed=seed)
+        finally:
+            count = self.library.ladder_trace(ctypes.byref(events))
+        found = [Event.from_buffer_copy(events[i]) for i in range(count)]
+        lowest = min((e.address for e in found if e.shared), default=0)
+        for e in found:
+            inside = 0 <= e.address - out.data_ptr() < out.nbytes
+            e.address -= lowest if e.shared else out.data_ptr() if inside else 0
+        return found
+
+    def count(self, h: Tensor, *weights: Tensor) -> dict:
         """What one run costs: memory instructions of warps, the sectors and bytes of them, the bytes that reached device memory
         through the model of L2, the share of 16-byte accesses that waste nothing, bank conflicts, barriers, shuffles."""
         self.library.ladder_count()
         try:
-            self(h, down, up, bias)
+            self(h, *weights)
         finally:
             found = json.loads(self.library.ladder_counts())
         sites = [site for kernel in found["kernels"] for site in kernel["sites"]]
