@@ -1,6 +1,6 @@
-"""Writes measured results into README.md, between its markers; numbers there come from files, never from a keyboard.
+"""Writes measured results into README.md and benchmarks/README.md, between markers; numbers there come from files, never from a keyboard.
 Run: python benchmarks/readme.py [runs/demo]     (with a folder: first takes the results and the picture of that demo)
-You should see README.md's tables change where the results have; `python benchmarks/readme.py` again changes nothing.
+You should see the pages' tables change where the results have; `python benchmarks/readme.py` again changes nothing.
 """
 
 import json
@@ -15,9 +15,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import harness  # noqa: E402
-from benchmarks.tfew import accuracy_table  # noqa: E402
+from benchmarks.tfew import accuracy_table, bill_table  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 
 
 def demo_table(results: dict) -> str:
@@ -37,7 +38,8 @@ def tfew_table(results: dict) -> str:
     kept = [b["flops, T-Few"] / b["flops, in the prompt, cached"] for b in bills]
     return (f"{accuracy_table(results)}\n\nMedians (and quartiles) over {results['subsets']} subsets of {results['shots']} examples and "
             f"{results['templates']} templates, {results['items']} questions each; an answer costs {min(share):.0%} to {max(share):.0%} of the FLOPs of one "
-            f"with the examples in the prompt, and {min(kept):.0%} to {max(kept):.0%} where the prompt's cache is kept.\n"
+            f"with the examples in the prompt, and {min(kept):.0%} to {max(kept):.0%} where the prompt's cache is kept. The bill:\n\n"
+            f"{bill_table(results)}\n\n"
             f"Measured {results['date']} on {results['machine']}, one thread, torch {results['torch']}.")
 
 
@@ -173,26 +175,32 @@ def memorise_table(results: dict) -> str:
     return f"{markdown(lines)}\n\n{results['steps']} steps for each length, one seed, the best of three learning rates. Measured {results['date']}."
 
 
-def filled(readme: str) -> str:
-    """README.md's text with every table between markers written anew."""
+def tables() -> dict[str, str]:
+    """Every table by the name in its markers."""
     makers = {"demo": demo_table, "tfew": tfew_table, "neftune": neftune_table, "classification": classification_table,
               "stories": stories_table, "memorise": memorise_table}
-    tables = {name: maker(json.loads((RESULTS / f"{name}.json").read_text())) for name, maker in makers.items()}
+    made = {name: maker(json.loads((RESULTS / f"{name}.json").read_text())) for name, maker in makers.items()}
     for name, (maker, *files) in RUNS.items():
-        tables[name] = maker(*(harness.read(path) if (path := RESULTS / f"{file}.jsonl").exists() else [] for file in files))
-    for name, table in tables.items():
-        place = rf"(<!-- {name}: [^\n]*-->\n).*?(<!-- end of {name} -->)"
-        readme, found = re.subn(place, lambda m: f"{m[1]}{table}\n{m[2]}", readme, flags=re.S)
-        assert found == 1, f"README.md has {found} places for the table {name!r}, expected one"
-    return readme
+        made[name] = maker(*(harness.read(path) if (path := RESULTS / f"{file}.jsonl").exists() else [] for file in files))
+    return made
+
+
+def filled(pages: dict[Path, str]) -> dict[Path, str]:
+    """The pages' texts with every table between markers written anew: each stands on one of them, once."""
+    for name, table in tables().items():
+        place = re.compile(rf"(<!-- {name}: [^\n]*-->\n).*?(<!-- end of {name} -->)", re.S)
+        there = [path for path, text in pages.items() for _ in place.findall(text)]
+        assert len(there) == 1, f"the table {name!r} has {len(there)} places on {', '.join(map(str, pages))}, expected one"
+        pages = {path: place.sub(lambda m: f"{m[1]}{table}\n{m[2]}", text) for path, text in pages.items()}
+    return pages
 
 
 def main(argv: list[str]) -> None:
     if argv:
         shutil.copy(Path(argv[0]) / "results.json", RESULTS / "demo.json")
         shutil.copy(Path(argv[0]) / "demo.png", RESULTS / "demo.png")
-    path = ROOT / "README.md"
-    path.write_text(filled(path.read_text()))
+    for path, text in filled({path: path.read_text() for path in PAGES}).items():
+        path.write_text(text)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ import pytest
 from benchmarks import readme
 
 ROOT = Path(__file__).parent.parent
-TEXT = (ROOT / "README.md").read_text()
+PAGES = {path: path.read_text() for path in readme.PAGES}
+TEXT = PAGES[ROOT / "README.md"]
 SNIPPETS = re.findall(r"^```(python|sh)\n(.*?)^```$", TEXT, re.M | re.S)
 
 
@@ -37,11 +38,14 @@ def test_every_snippet_runs_as_written(shipped_base, tmp_path):
 
 
 def test_the_tables_are_the_measured_ones():
-    assert readme.filled(TEXT) == TEXT, "run python benchmarks/readme.py"
+    assert readme.filled(PAGES) == PAGES, "run python benchmarks/readme.py"
 
 
 def test_what_it_names_exists():
-    for path in re.findall(r"\]\(([^)#:]+)\)", TEXT) + re.findall(r"`((?:minireft|csrc|tests|tutorials|benchmarks)/[\w./]*)`", TEXT):
+    for page, text in PAGES.items():
+        for path in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (page.parent / path).exists(), f"{page}: {path}"
+    for path in re.findall(r"`((?:minireft|csrc|tests|tutorials|benchmarks)/[\w./]*)`", "".join(PAGES.values())):
         assert (ROOT / path).exists(), path
     names = re.findall(r"`minireft\.([\w.]+)", TEXT)
     assert len(names) > 10
