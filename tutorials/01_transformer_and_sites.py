@@ -66,12 +66,14 @@ assert torch.equal(h[0, first], h[0, last]) and apart > 0.3
 #
 # It collects by addition, and by nothing else. A *block* (`minireft.model.Block`) does two things. **Attention** looks
 # at the tokens so far and brings something from them: each token asks with a *query*, is found by its *key*, and hands
-# over its *value*. The **feed-forward** works on each token by itself: it widens the vector, bends it by a non-linear
-# function, and narrows it again. Each reads a copy of `h` brought to a standard size (the *norm*) and **adds** its
-# result to `h`. Think of a bus with named stops: passengers board, nobody is asked to leave.
+# over its *value*. The **feed-forward** works on each token by itself: it widens the vector to a *hidden layer*, bends
+# that by a non-linear function (the *activation*), and narrows it again. Each reads a copy of `h` brought to a standard
+# size (the *norm*) and **adds** its result to `h`. Think of a bus with named stops: passengers board, nobody is asked
+# to leave.
 #
 # Here is block 0 by hand. `step` is what all blocks of one pass share: how far to turn queries and keys for each place
-# in the sentence, and that no token may look ahead.
+# in the sentence, and that no token may look ahead. (`context` is where edits find what they need to know of the pass.
+# There are no edits yet, so it is empty.)
 #
 # **Predict:** if only the last token's vector enters the feed-forward, does that token's result change?
 
@@ -109,7 +111,8 @@ assert len(pieces) == 1 + 2 * L and torch.allclose(logits, before, atol=1e-3)
 
 # %% [markdown]
 # That is the whole of `minireft.model.Model`: an embedding, twice L additions, one last norm, and the *head*, which
-# multiplies by a matrix to get the logits. (Open the file next to this page: the loop above is its `stream`.)
+# multiplies by a matrix to get the logits. (Open the file next to this page: the outer loop above stands in its
+# `_stack`, the inner one in `Block.forward`.)
 #
 # ## Where does the answer get on?
 #
@@ -188,6 +191,7 @@ for site in stops:
 print("share of answers that move, embed to the last block:", [round(share, 2) for share in moved])
 assert torch.equal(model(tokens), before)                                 # every edit is off again: the same bits
 assert moved[0] == 0 and max(moved[: L // 2]) < 0.2 and moved[-1] == 1
+assert moved[6] > 0.95 and shares[: 1 + 2 * 6].sum() < 0.5 * margin       # after block 5: settled, but not yet loud
 
 # %%
 # Picture: above, the answers that move with the last token's vector, by stop; below, what each stop adds to the margin
@@ -195,17 +199,21 @@ import matplotlib.pyplot as plt
 figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(8, 5))
 above.plot(range(L + 1), moved, "o-", color="C1")
 above.set(ylabel="share of answers moved", title="Swapped at this stop, the last token's vector takes the answer along")
-for shift, bars, name in ((-0.18, [shares[0], *shares[1::2]], "attention"), (0.18, [0, *shares[2::2]], "feed-forward")):
-    below.bar([x + shift for x in range(L + 1)], bars, 0.35, label=name)
+for first, bars, name, colour in ((0.82, shares[1::2], "attention", "C0"), (1.18, shares[2::2], "feed-forward", "C2")):
+    below.bar([first + i for i in range(L)], bars, 0.35, label=name, color=colour)
+below.bar(0, shares[0], 0.35, label="embedding", color="C3")
 below.set(ylabel="added to the margin", title="What boards at each stop, for the right town", xticks=range(L + 1),
           xticklabels=["embed", *(f"block {i}" for i in range(L))], xlabel="stop on the residual stream")
 below.legend(loc="upper left")
 plt.show()
 
 # %% [markdown]
-# Nothing at the last colon knows the answer before the late blocks bring it there. *Where* a change is made decides
-# what it can do. And it comes off without a trace: a site without edits runs its own operation, so the bits are those
-# of the start.
+# Nothing at the last colon knows the answer before the late blocks bring it there. Now compare the two halves at block
+# 5: from there on the vector takes every answer along, though not half of the margin is on board. What attention brings
+# there settles *which* town; the blocks after it read that from the same vector and say it louder.
+#
+# *Where* a change is made decides what it can do. And it comes off without a trace: a site without edits runs its own
+# operation, so the bits are those of the start.
 #
 # ## The named stops
 #
@@ -220,8 +228,10 @@ for name, site in sites.items():
 assert len(sites) == 12 * L + 3 and not any(site.edits for site in sites.values())
 
 # %% [markdown]
-# `kv` sees keys and values on their way to attention, `act` is the non-linearity inside the feed-forward, `output` is
-# the stream when it leaves the block.
+# `attention.output` is the matrix through which what attention has gathered goes back into the stream. Two matrices
+# widen in the feed-forward, and `gate` decides how much of `up` passes; `down` narrows. The three places between them
+# have no weights: `kv` sees keys and values on their way to attention, `act` is the activation, and a block's own
+# `output` is the stream when it leaves the block.
 #
 # The methods of this library are edits on these sites, packed with their parameters into an *adapter*. The model knows
 # none of them, and here we only ask where they stand. NEFTune adds noise to the embedding. (IA)³ scales keys, values

@@ -8,7 +8,9 @@
 # Run it with `python tutorials/02_edit_one_vector_by_hand.py`, step through it in a debugger, or open it as a
 # notebook.
 #
-# The model can tell whether a review is happy or sad. Look first.
+# In tutorial 1 we swapped whole vectors between sentences, and answers went along. A vector that was swapped says
+# everything at once. Here we make one ourselves that is to say a single thing. The model can tell whether a review is
+# happy or sad: this we want to turn around, and nothing else. Look first.
 
 # %%
 import torch
@@ -47,8 +49,8 @@ print(f"hidden words: good called happy {share(new_good, HAPPY):.2f}, bad called
 assert share(new_good, HAPPY) > 0.95 and share(new_bad, SAD) > 0.95
 
 # %% [markdown]
-# `minireft.reading.states` gives the stream after a block, as our recorder of tutorial 1 did. Take it after block 1,
-# at the word itself: one vector for each review. The mean of the bad ones less the mean of the good ones is a
+# `minireft.reading.states` gives the stream after a block, as the recorder of tutorial 1's exercise does. Take it after
+# block 1, at the word itself: one vector for each review. The mean of the bad ones less the mean of the good ones is a
 # *difference of means*: what single words have of their own cancels, what all bad words share against all good ones
 # stays.
 #
@@ -146,18 +148,18 @@ for place in (WORD, LAST):
             model.blocks[layer].output.edits.clear()
 word, end = sad[WORD, "means"], sad[LAST, "means"]
 assert word[0] > 0.9 and word[-1] == 0 and end[0] < 0.2 and end[-1] > 0.9
+assert max(sad[WORD, "random"] + sad[LAST, "random"]) < 0.3
 
 # %%
 # Picture: good reviews called sad, by the block after which v was added, at the word and at the last token
 import matplotlib.pyplot as plt
-for place, name, colour in ((WORD, "the word", "C0"), (LAST, "the last token", "C1")):
-    plt.plot(sad[place, "random"], "o--", color=colour, alpha=0.4, label=f"a random vector as long, at {name}")
-    plt.plot(sad[place, "means"], "o-", color=colour, label=f"difference of means, at {name}")
-plt.xticks(range(L))
-plt.xlabel("added after block")
-plt.ylabel("good reviews called sad")
-plt.title("The mood leaves the word and arrives at the end")
-plt.legend(loc="center left")
+for place, name, colour, at in ((WORD, "at the word", "C0", (2, 1.03)), (LAST, "at the last token", "C1", (5.8, 1.03))):
+    plt.plot(sad[place, "random"], "s--", color=colour, ms=11, mfc="none", alpha=0.6)
+    plt.plot(sad[place, "means"], "o-", color=colour)
+    plt.text(*at, name, color=colour, weight="bold", ha="center")
+plt.text(-0.08, 0.05, "squares: a random vector as long, at either place")
+plt.gca().set(xlabel="difference of means added after block", ylabel="good reviews called sad", ylim=(-0.05, 1.12))
+plt.title("The mood leaves the word and arrives at the last token")
 plt.show()
 
 # %% [markdown]
@@ -167,8 +169,8 @@ plt.show()
 #
 # ## The same from the library
 #
-# `minireft.SteeringVector` is this edit as an adapter, with `strength` for s. It is the simplest member of the ReFT
-# family: `h + v`.
+# `minireft.SteeringVector` is this edit as an adapter, with `strength` for s. It is the simplest of the methods that
+# edit states and leave the weights alone, *representation finetuning*, ReFT for short: `h + v`.
 #
 # **Predict:** how many of its parameters are trained?
 
@@ -190,10 +192,11 @@ assert torch.allclose(by_hand, by_library, atol=1e-3) and steer.num_parameters()
 # **Predict:** with `v` added, what are the bad reviews called? With strength −1, what are the good ones called?
 
 # %%
-for steer.strength in (1.0, -1.0):                                        # v added, and v subtracted
+for strength in (1.0, -1.0):                                              # v added, and v subtracted
+    steer.strength = strength
     with steer:
         flipped = share(new_good, SAD), share(new_bad, HAPPY)
-    print(f"strength {steer.strength:+.0f}:  good called sad {flipped[0]:.2f}   bad called happy {flipped[1]:.2f}")
+    print(f"strength {strength:+.0f}:  good called sad {flipped[0]:.2f}   bad called happy {flipped[1]:.2f}")
     assert min(flipped) < 0.1 and max(flipped) > 0.9
 
 # %% [markdown]
