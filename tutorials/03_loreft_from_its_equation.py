@@ -3,7 +3,7 @@
 #
 # **What does h + Rᵀ(W h + b − R h) do to a vector: what is overwritten, and what is left?**
 #
-# *Before:* tutorials 1 and 2 (stream, site, edit, difference of means). *Time:* 35 minutes.
+# *Before:* tutorials 1 and 2 (stream, site, edit, difference of means), loss and gradient descent. *Time:* 35 minutes.
 #
 # Run it with `python tutorials/03_loreft_from_its_equation.py`, step through it in a debugger, or open it as a
 # notebook.
@@ -21,7 +21,6 @@ from minireft.tasks.world import ASPECTS, BAD, GOOD
 model, tokenizer = minireft.load("base")
 L, C = model.config.layers, model.config.width
 reviews = ["review : the soup was great . mood :", "review : the soup was awful . mood :"]
-torch.set_printoptions(precision=2, sci_mode=False)
 print(minireft.generate(model, tokenizer, reviews, max_new_tokens=1))
 assert minireft.generate(model, tokenizer, reviews, max_new_tokens=1) == ["happy", "sad"]
 
@@ -33,28 +32,31 @@ assert minireft.generate(model, tokenizer, reviews, max_new_tokens=1) == ["happy
 # `Φ(h) = h + Rᵀ(W h + b − R h)`
 #
 # `R` has r rows of C numbers, each of length 1 and at right angles to the others; `W` has the same shape, `b` has r
-# numbers; r, the *rank*, is small. Read it from the inside. `R h` is what h has along the rows of R: r numbers. `W h +
-# b` is what it *should* have there. The difference is what is missing, and Rᵀ turns those r numbers back into a vector
-# that is added.
+# numbers; r, the *rank*, is small. Read it from the inside. `R h` is what h has along the rows of R: r numbers.
+# `W h + b` is what it *should* have there. The difference is what is missing, and Rᵀ turns those r numbers back into a
+# vector that is added.
 #
-# Take C = 2 and r = 1, so that everything lies in a plane.
+# Take C = 2 and r = 1, so that everything lies in a plane, and four points h there.
 #
 # **Predict:** in which directions can a point of the plane move?
 
 # %%
 R, W, b = torch.tensor([[0.8, 0.6]]), torch.tensor([[-0.3, 0.5]]), torch.tensor([1.0])           # (r, C), (r, C), (r,)
 across = torch.tensor([[-0.6, 0.8]])                                      # (1, C) at right angles to R
-h = torch.tensor([[2.0, 0.0], [0.0, 2.0], [-1.0, -1.0], [3.0, 1.0]])      # (4, C) four points
+h = points = torch.tensor([[2.0, 0.0], [0.0, 2.0], [-1.0, -1.0], [3.0, 1.0]])                    # (4, C)
 edited = h + (h @ W.T + b - h @ R.T) @ R                                  # (4, C)
-print("along R   ", (h @ R.T)[:, 0], "→", (edited @ R.T)[:, 0])
-print("W h + b   ", (h @ W.T + b)[:, 0])
-print("across R  ", (h @ across.T)[:, 0], "→", (edited @ across.T)[:, 0])
+row = lambda x: " ".join(f"{number:5.2f}" for number in x.flatten())
+print("along R: ", row(h @ R.T), "  → ", row(edited @ R.T))
+print("W h + b: ", row(h @ W.T + b))
+print("across R:", row(h @ across.T), "  → ", row(edited @ across.T))
 assert torch.allclose(edited @ R.T, h @ W.T + b, atol=1e-5)               # overwritten
 assert torch.allclose(edited @ across.T, h @ across.T, atol=1e-5)         # left
 
 # %% [markdown]
 # That is the whole idea. **Overwritten:** the r numbers along R become W h + b, whatever they were. **Left:**
-# everything at right angles to R. Points move along R and in no other direction.
+# everything at right angles to R. Points move along R and in no other direction. The equation says so itself. Multiply
+# it by R from the left: R Φ(h) = R h + R Rᵀ(W h + b − R h). Rows of length 1 at right angles mean R Rᵀ = I, so R h
+# falls out and W h + b is left.
 #
 # What W and b are decides what is written. Three choices are worth knowing by heart.
 #
@@ -68,7 +70,7 @@ def loreft(h, R, W, b):                                                   # (...
 m = 1.0
 for name, W, b in (("W =  0, b = 0 ", 0 * R, [0.0]), ("W =  R, b = 0 ", R, [0.0]), ("W = -R, b = 2m", -R, [2 * m])):
     after = loreft(h, R, W, torch.tensor(b)) @ R.T                        # (4, 1)
-    print(name, (h @ R.T)[:, 0], "→", after[:, 0].round(decimals=2) + 0)
+    print(name, " ", row(h @ R.T), "  → ", row(after.round(decimals=2) + 0))
 assert torch.allclose(loreft(h, R, 0 * R, torch.zeros(1)) @ R.T, torch.zeros(4, 1), atol=1e-5)
 assert torch.allclose(loreft(h, R, R, torch.zeros(1)), h, atol=1e-5)
 assert torch.allclose(after - m, -(h @ R.T - m), atol=1e-5)
@@ -144,7 +146,7 @@ assert all(same) and torch.allclose(reft.rotations()[L - 1], R, atol=1e-5)
 # So far R, W and b came from us. Now forget them: start from a random R and let gradient descent (`minireft.train`)
 # find all three, from reviews with the answer exchanged. The model's weights stay as they are. Before and after, we
 # count over the hidden words how often the model finds the exchanged answer the likelier of the two
-# (`minireft.evaluate` calls it `rank`).
+# (`minireft.evaluate` calls that `rank`, because it ranks the answers; it has nothing to do with r).
 #
 # **Predict:** how many of the hidden reviews does it exchange after 100 steps? Will its R have anything to do with
 # ours?
@@ -210,28 +212,31 @@ h = torch.cat(new)                                                        # (196
 rest = h - h @ R.T @ R                                                    # (196, C) at right angles to R
 side = torch.linalg.svd(rest - rest.mean(0), full_matrices=False).Vh[0]   # (C,) where the rest varies most
 out = loreft(h, R, -R, 2 * m)                                             # (196, C)
-along, aside = ((out - h) @ R.T).abs().mean(), ((out - h) @ side).abs().max()
+flat = lambda x: torch.stack(((x @ R.T)[:, 0], x @ side), 1)              # (N, C) → (N, 2) along R, along side
+along, aside = (flat(out) - flat(h)).abs()[:, 0].mean(), (flat(out) - flat(h)).abs()[:, 1].max()
 print(f"moved along R by {along:.1f} on average, in that other direction by {aside:.3f} at most")
 assert along > 1 and aside < 0.01
 
 # %%
-# Picture: left, states cross the mirror along R, at their height; right, what is written along R against what was there
-figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.4), width_ratios=(1.2, 1))
-for i, name in enumerate(("good reviews", "bad reviews")):
-    x, to, y = (z[98 * i : 98 * i + 98] for z in ((h @ R.T)[:, 0], (out @ R.T)[:, 0], h @ side))     # (98,) each
-    left.plot(x, y, "o", to, y, "x", color=f"C{i}", ms=5)
-    left.hlines(y[::9], x[::9], to[::9], color=f"C{i}", alpha=0.4)
-    right.plot(there[i], put[i], "o", ms=4, label=name)
-left.axvline(m.item(), color="C3", ls=":")
-right.axline((0, 0), slope=1, color="C3", ls=":")
-left.set(xlabel="along R (dotted: the mirror, m)", ylabel="at right angles to R", title="By hand: ● before, × after")
-right.set(xlabel="R h, what was there", ylabel="W h + b, what is written", title="Trained (dotted: no change)")
-right.legend(loc="upper right")
+# Picture: states move along R and stay where they are across it, on paper and in the model; right, what training writes
+figure, (paper, left, right) = plt.subplots(1, 3, figsize=(10.5, 3.8))
+for axis, before, after, colour in ((paper, points, edited, "C4"), (left, flat(h[:98:9]), flat(out[:98:9]), "C0"),
+                                    (left, flat(h[98::9]), flat(out[98::9]), "C1")):
+    lines = torch.stack((before, after)).permute(2, 0, 1)                 # x and y, each (2, N)
+    axis.plot(*before.T, "o", *after.T, "x", *lines, "-", color=colour, ms=5, lw=0.7)
+right.plot(there[0], put[0], "o", there[1], put[1], "o", ms=4)
+for axis, start, slope in ((paper, (0, 0), 0.6 / 0.8), (left, (m.item(), 0), float("inf")), (right, (0, 0), 1)):
+    axis.axline(start, slope=slope, color="C3", ls=":")
+paper.set(title="On paper (dotted: along R)", xlabel="first number", ylabel="second number", aspect="equal")
+left.set(title="Mirror (dotted) by hand: ● → ×", xlabel="along R", ylabel="at right angles to R")
+right.set(title="Trained (dotted: no change)", xlabel="R h, what was there", ylabel="W h + b, what is written")
+right.legend(["good reviews", "bad reviews"])
 plt.show()
 
 # %% [markdown]
-# On the left the lines are level: the height, at right angles to R, stays. On the right, the trained edit writes a low
-# number where a high one was and a high one where a low one was.
+# On paper the points move from ● to × in parallel, all along R. In the middle the same with 128 numbers, for every
+# ninth review: the lines are level, for the height, at right angles to R, stays. On the right, the trained edit writes
+# a low number where a high one was and a high one where a low one was.
 #
 # ## More than one direction
 #

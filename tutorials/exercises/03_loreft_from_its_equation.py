@@ -15,7 +15,6 @@ from minireft.tasks.world import ASPECTS, BAD, GOOD
 model, tokenizer = minireft.load("base")
 L, C = model.config.layers, model.config.width
 reviews = ["review : the soup was great . mood :", "review : the soup was awful . mood :"]
-torch.set_printoptions(precision=2, sci_mode=False)
 print(minireft.generate(model, tokenizer, reviews, max_new_tokens=1))
 assert minireft.generate(model, tokenizer, reviews, max_new_tokens=1) == ["happy", "sad"]
 
