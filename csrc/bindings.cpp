@@ -52,16 +52,34 @@ struct Backend {
 std::string text(const int64_t* sizes, size_t n) {
   std::string s = "(";
   for (size_t i = 0; i < n; ++i) s += (i ? ", " : "") + std::to_string(sizes[i]);
-  return s + ")";
+  return s + (n == 1 ? ",)" : ")");
+}
+
+std::string text(Scalar dtype) {
+  switch (dtype) {
+    case Scalar::Float: return "float32";
+    case Scalar::Half: return "float16";
+    case Scalar::BFloat16: return "bfloat16";
+    case Scalar::Double: return "float64";
+    case Scalar::Long: return "int64";
+    case Scalar::Int: return "int32";
+    default: return torch::headeronly::toString(dtype);
+  }
+}
+
+[[noreturn]] void fail_shape(const Tensor& t, const char* name, const std::string& expected) {
+  fail(std::string(name) + " must have shape " + expected + ", got " + text(t.sizes().data(), t.dim()));
+}
+
+[[noreturn]] void fail_dtype(const Tensor& t, const char* name, const std::string& expected) {
+  fail(std::string(name) + " must " + expected + ", got " + text(t.scalar_type()));
 }
 
 void expect(const Tensor& t, const char* name, const Sizes& sizes) {
   const auto got = t.sizes();
   bool same = got.size() == sizes.size();
   for (size_t i = 0; same && i < sizes.size(); ++i) same = got[i] == sizes[i];
-  if (!same)
-    fail(std::string(name) + " must have shape " + text(sizes.data(), sizes.size()) + ", got " +
-         text(got.data(), got.size()));
+  if (!same) fail_shape(t, name, text(sizes.data(), sizes.size()));
 }
 
 Dtype dtype_of(const Tensor& t, const char* name) {
@@ -70,19 +88,19 @@ Dtype dtype_of(const Tensor& t, const char* name) {
     case Scalar::Half: return Dtype::f16;
     case Scalar::BFloat16: return Dtype::bf16;
     case Scalar::Double: return Dtype::f64;
-    default: fail(std::string(name) + " must be float32, bfloat16, float16 or float64");
+    default: fail_dtype(t, name, "be float32, bfloat16, float16 or float64");
   }
 }
 
 Dtype weight_dtype_of(const Tensor& t, const char* name, Dtype activations) {
   const Dtype d = dtype_of(t, name);
   const bool fits = d == activations || (d == Dtype::f32 && activations != Dtype::f64);
-  if (!fits) fail(std::string(name) + " must be float32 or have the dtype of the activations");
+  if (!fits) fail_dtype(t, name, "be float32 or have the dtype of the activations");
   return d;
 }
 
 void expect_index(const Tensor& t, const char* name) {
-  if (t.scalar_type() != Scalar::Long) fail(std::string(name) + " must be int64");
+  if (t.scalar_type() != Scalar::Long) fail_dtype(t, name, "be int64");
 }
 
 void same_device(const Tensor& a, const Tensor& b, const char* name) {
@@ -90,8 +108,9 @@ void same_device(const Tensor& a, const Tensor& b, const char* name) {
     fail(std::string(name) + " must be on the device of the first argument");
 }
 
-void same_dtype(const Tensor& t, const char* name, Dtype d) {
-  if (dtype_of(t, name) != d) fail(std::string(name) + " must have the dtype of the first argument");
+void same_dtype(const Tensor& t, const char* name, const Tensor& like, const char* of) {
+  if (t.scalar_type() != like.scalar_type())
+    fail_dtype(t, name, std::string("have the dtype of ") + of + ", " + text(like.scalar_type()));
 }
 
 // ---- tensors as the launchers want them ------------------------------------------------------------------------------
@@ -139,8 +158,7 @@ struct Rows {
 struct Shape {  // of an activation tensor (..., C) split into B, T and C
   int64_t split, B, T, C;
   Shape(const Tensor& t, const char* name, bool per_row) {
-    if (t.dim() < (per_row ? 2 : 1))
-      fail(std::string(name) + " must have at least " + (per_row ? "2 dimensions (B, ..., C)" : "1 dimension (..., C)"));
+    if (t.dim() < (per_row ? 2 : 1)) fail_shape(t, name, per_row ? "(B, ..., C)" : "(..., C)");
     const auto sizes = t.sizes();
     split = per_row ? 1 : (t.dim() >= 2 ? t.dim() - 2 : 0);
     B = product(sizes.data(), 0, split);
@@ -247,18 +265,18 @@ struct Weights {
   Tensor down, up, bias;
   int64_t K, r;
   Weights(const Tensor& d, const Tensor& u, const Optional& b, const Tensor& h, int64_t C, bool banks) {
-    if (d.dim() != (banks ? 3 : 2)) fail(banks ? "down must have shape (K, r, C)" : "down must have shape (r, C)");
+    if (d.dim() != (banks ? 3 : 2)) fail_shape(d, "down", banks ? "(K, r, C)" : "(r, C)");
     K = banks ? d.size(0) : 1, r = d.size(banks ? 1 : 0);
     const Sizes wide = banks ? Sizes{K, r, C} : Sizes{r, C};
-    const Dtype dtype = weight_dtype_of(d, "down", dtype_of(h, "h"));
+    weight_dtype_of(d, "down", dtype_of(h, "h"));
     expect(d, "down", wide), expect(u, "up", wide);
     same_device(h, d, "down"), same_device(h, u, "up");
-    if (dtype_of(u, "up") != dtype) fail("up must have the dtype of down");
+    same_dtype(u, "up", d, "down");
     down = packed(d), up = packed(u);
     if (!b) return;
     expect(*b, "bias", banks ? Sizes{K, r} : Sizes{r});
     same_device(h, *b, "bias");
-    if (dtype_of(*b, "bias") != dtype) fail("bias must have the dtype of down");
+    same_dtype(*b, "bias", d, "down");
     bias = packed(*b);
   }
 };
@@ -268,7 +286,7 @@ Edit edit_of(const Tensor& h, const Weights& w, int64_t B, int64_t T, int64_t C,
   Edit e{B, T, C, T, w.r, w.K, {nullptr, 0, 0}, {nullptr, 0, 0}, dtype_of(h, "h"), dtype_of(w.down, "down")};
   if (positions) {
     expect_index(*positions, "positions"), same_device(h, *positions, "positions");
-    if (positions->dim() != 2) fail("positions must have shape (B, P)");
+    if (positions->dim() != 2) fail_shape(*positions, "positions", "(B, P)");
     e.P = positions->size(1);
     expect(*positions, "positions", {B, e.P});
     e.positions = index_of(positions);
@@ -303,9 +321,12 @@ Two low_rank_edit(const Tensor& h, const Tensor& down, const Tensor& up, const T
 template <const Backend& K>
 Two low_rank_edit_at_(Tensor h, const Tensor& positions, const Tensor& down, const Tensor& up, const Tensor& bias,
                       const Optional& tasks, bool save) {
-  if (h.dim() != 3) fail("h must have shape (B, T, C)");
+  if (h.dim() != 3) fail_shape(h, "h", "(B, T, C)");
   const int64_t B = h.size(0), T = h.size(1), C = h.size(2);
-  if (C > 1 && h.numel() > 0 && h.stride(2) != 1) fail("h must have last stride 1 to be edited in place, got " + std::to_string(h.stride(2)));
+  if (C > 1 && h.numel() > 0 && h.stride(2) != 1)
+    fail("h must have last stride 1 to be edited in place, got " + std::to_string(h.stride(2)));
+  if ((B > 1 && h.stride(0) == 0) || (T > 1 && h.stride(1) == 0))
+    fail("h must have memory for each row to be edited in place, got an expanded tensor: clone it first");
   const Weights w(down, up, bias, h, C, tasks.has_value());
   const Edit e = edit_of(h, w, B, T, C, positions, tasks);
   const int64_t N = save ? B * e.P : 0;
@@ -320,6 +341,7 @@ Two low_rank_edit_at_(Tensor h, const Tensor& positions, const Tensor& down, con
 template <const Backend& K>
 Three low_rank_edit_at(const Tensor& h, const Tensor& positions, const Tensor& down, const Tensor& up, const Tensor& bias,
                        const Optional& tasks, bool save) {
+  dtype_of(h, "h");
   Tensor out = empty(h, h.sizes());
   torch::stable::copy_(out, h);
   auto [rows, delta] = low_rank_edit_at_<K>(out, positions, down, up, bias, tasks, save);
@@ -345,7 +367,7 @@ Four low_rank_edit_backward(const Tensor& g, const Tensor& h, const Tensor& delt
                             bool want_h, bool want_weights) {
   const Shape s(h, "h", false);
   const auto sizes = h.sizes();
-  expect(g, "g", Sizes(sizes.begin(), sizes.end())), same_device(h, g, "g"), same_dtype(g, "g", dtype_of(h, "h"));
+  expect(g, "g", Sizes(sizes.begin(), sizes.end())), same_device(h, g, "g"), same_dtype(g, "g", h, "h");
   const Weights w(down, up, std::nullopt, h, s.C, false);
   expect(delta, "delta", {s.B * s.T, w.r});
   const Edit e = edit_of(h, w, s.B, s.T, s.C, std::nullopt, std::nullopt);
@@ -363,11 +385,11 @@ template <const Backend& K>
 Four low_rank_edit_at_backward(const Tensor& g, const Tensor& rows, const Tensor& delta, const Tensor& positions,
                                const Tensor& down, const Tensor& up, const Optional& tasks, bool want_h,
                                bool want_weights) {
-  if (g.dim() != 3) fail("g must have shape (B, T, C)");
+  if (g.dim() != 3) fail_shape(g, "g", "(B, T, C)");
   const int64_t B = g.size(0), T = g.size(1), C = g.size(2);
   const Weights w(down, up, std::nullopt, g, C, tasks.has_value());
   const Edit e = edit_of(g, w, B, T, C, positions, tasks);
-  expect(rows, "rows", {B * e.P, C}), expect(delta, "delta", {B * e.P, w.r}), same_dtype(rows, "rows", e.dtype);
+  expect(rows, "rows", {B * e.P, C}), expect(delta, "delta", {B * e.P, w.r}), same_dtype(rows, "rows", g, "g");
   Tensor dh = want_h ? empty(g, g.sizes()) : empty(g, {0}, g.scalar_type());
   if (want_h) torch::stable::copy_(dh, g);
   const Gradients d(w, want_weights);
@@ -381,13 +403,17 @@ Four low_rank_edit_at_backward(const Tensor& g, const Tensor& rows, const Tensor
 
 // ---- scales ------------------------------------------------------------------------------------------------------------
 
+const char* name_of_x(int64_t activation) {  // in the signature that the user sees
+  return activation == (int64_t)Activation::swiglu ? "gate" : activation ? "u" : "x";
+}
+
 Scale scale_of(const Tensor& x, const Shape& s, const Tensor& l, const char* name, const Optional& tasks,
                int64_t activation) {
-  if (l.dim() != (tasks ? 2 : 1)) fail(std::string(name) + (tasks ? " must have shape (K, C)" : " must have shape (C,)"));
+  if (l.dim() != (tasks ? 2 : 1)) fail_shape(l, name, tasks ? "(K, C)" : "(C,)");
   const int64_t banks = tasks ? l.size(0) : 1;
   expect(l, name, tasks ? Sizes{banks, s.C} : Sizes{s.C});
   same_device(x, l, name);
-  const Dtype dtype = dtype_of(x, "x");
+  const Dtype dtype = dtype_of(x, name_of_x(activation));
   Scale z{s.B, s.T, banks, {nullptr, 0, 0}, (Activation)activation, dtype, weight_dtype_of(l, name, dtype)};
   if (tasks) {
     expect_index(*tasks, "tasks"), same_device(x, *tasks, "tasks"), expect(*tasks, "tasks", {s.B});
@@ -397,16 +423,16 @@ Scale scale_of(const Tensor& x, const Shape& s, const Tensor& l, const char* nam
   return z;
 }
 
-void expect_like(const Tensor& t, const char* name, const Tensor& like) {
+void expect_like(const Tensor& t, const char* name, const Tensor& like, const char* of) {
   const auto sizes = like.sizes();
-  expect(t, name, Sizes(sizes.begin(), sizes.end())), same_device(like, t, name), same_dtype(t, name, dtype_of(like, "x"));
+  expect(t, name, Sizes(sizes.begin(), sizes.end())), same_device(like, t, name), same_dtype(t, name, like, of);
 }
 
 template <const Backend& K>
 Tensor scale(const Tensor& x, const Optional& up, const Tensor& l, const Optional& tasks, int64_t activation) {
-  const Shape s(x, "x", tasks.has_value());
+  const Shape s(x, name_of_x(activation), tasks.has_value());
   const Scale z = scale_of(x, s, l, "l", tasks, activation);
-  if (up) expect_like(*up, "up", x);
+  if (up) expect_like(*up, "up", x, "gate");
   Tensor out = empty(x, x.sizes());
   const Tensor vector = packed(l);
   const Rows from(x, s.split), gated = up ? Rows(*up, s.split) : Rows(), to(out, s.split);
@@ -418,10 +444,10 @@ Tensor scale(const Tensor& x, const Optional& up, const Tensor& l, const Optiona
 template <const Backend& K>
 Three scale_backward(const Tensor& g, const Tensor& x, const Optional& up, const Tensor& l, const Optional& tasks,
                      int64_t activation, bool want_l) {
-  const Shape s(x, "x", tasks.has_value());
+  const Shape s(x, name_of_x(activation), tasks.has_value());
   const Scale z = scale_of(x, s, l, "l", tasks, activation);
-  expect_like(g, "g", x);
-  if (up) expect_like(*up, "up", x);
+  expect_like(g, "g", x, name_of_x(activation));
+  if (up) expect_like(*up, "up", x, "gate");
   Tensor dx = empty(x, x.sizes()), dup = up ? empty(x, x.sizes()) : empty(x, {0}, x.scalar_type());
   Tensor dl = want_l ? empty(l, l.sizes()) : empty(l, {0}, l.scalar_type());
   const Tensor vector = packed(l);
@@ -435,9 +461,9 @@ Three scale_backward(const Tensor& g, const Tensor& x, const Optional& up, const
 }
 
 void check_pair(const Shape& a, const Shape& b, const Tensor& x, const Tensor& y, const Tensor& l_x, const Tensor& l_y) {
-  if (a.B != b.B || a.T != b.T) fail("y must have the leading shape of x");
-  same_device(x, y, "y"), same_dtype(y, "y", dtype_of(x, "x"));
-  if (l_x.scalar_type() != l_y.scalar_type()) fail("l_y must have the dtype of l_x");
+  if (a.B != b.B || a.T != b.T) fail_shape(y, "y", "that of x, " + text(x.sizes().data(), x.dim()) + ", but for C");
+  if (l_x.dim() == 2 && l_x.size(0) != l_y.size(0)) expect(l_y, "l_y", {l_x.size(0), b.C});
+  same_device(x, y, "y"), same_dtype(y, "y", x, "x"), same_dtype(l_y, "l_y", l_x, "l_x");
 }
 
 template <const Backend& K>
@@ -459,7 +485,7 @@ Four scale_pair_backward(const Tensor& g_x, const Tensor& g_y, const Tensor& x, 
                          const Tensor& l_y, const Optional& tasks) {
   const Shape s(x, "x", tasks.has_value()), q(y, "y", tasks.has_value());
   const Scale z = scale_of(x, s, l_x, "l_x", tasks, 0), zy = scale_of(y, q, l_y, "l_y", tasks, 0);
-  expect_like(g_x, "g_x", x), expect_like(g_y, "g_y", y), check_pair(s, q, x, y, l_x, l_y);
+  expect_like(g_x, "g_x", x, "x"), expect_like(g_y, "g_y", y, "y"), check_pair(s, q, x, y, l_x, l_y);
   Tensor dx = empty(x, x.sizes()), dy = empty(y, y.sizes()), dl_x = empty(l_x, l_x.sizes()), dl_y = empty(l_y, l_y.sizes());
   const Tensor v = packed(l_x), w = packed(l_y);
   const Rows gx(g_x, s.split), gy(g_y, q.split), from_x(x, s.split), from_y(y, q.split), to_x(dx, s.split), to_y(dy, q.split);
@@ -477,9 +503,10 @@ Four scale_pair_backward(const Tensor& g_x, const Tensor& g_y, const Tensor& x, 
 template <const Backend& K>
 Tensor noisy_embedding(const Tensor& ids, const Tensor& weight, double alpha, const Tensor& seed, const Optional& lengths,
                        const Optional& rows, const Optional& index, bool normal) {
-  if (ids.dim() != 2) fail("ids must have shape (B, T)");
-  if (weight.dim() != 2) fail("weight must have shape (V, C)");
+  if (ids.dim() != 2) fail_shape(ids, "ids", "(B, T)");
+  if (weight.dim() != 2) fail_shape(weight, "weight", "(V, C)");
   const int64_t B = ids.size(0), T = ids.size(1), V = weight.size(0), C = weight.size(1);
+  const Dtype dtype = dtype_of(weight, "weight");
   expect_index(ids, "ids"), expect_index(seed, "seed"), expect(seed, "seed", {2});
   same_device(ids, weight, "weight"), same_device(ids, seed, "seed");
   const auto optional = [&](const Optional& t, const char* name, bool may_be_flat) {
@@ -494,7 +521,7 @@ Tensor noisy_embedding(const Tensor& ids, const Tensor& weight, double alpha, co
   const Optional spans = lengths && lengths->dim() == 2 ? Optional(packed(*lengths)) : lengths;
   Tensor out = empty(weight, {B, T, C}, weight.scalar_type());
   const Noise n{B, T, C, V, index_of(ids), index_of(spans), index_of(rows), index_of(index),
-                (const int64_t*)key.data_ptr(), (float)alpha, normal, dtype_of(weight, "weight")};
+                (const int64_t*)key.data_ptr(), (float)alpha, normal, dtype};
   const NoiseForward f{table.data_ptr(), out.data_ptr()};
   MINIREFT_RUN(ids, K.noisy_embedding(n, f, stream));
   return out;
@@ -503,7 +530,7 @@ Tensor noisy_embedding(const Tensor& ids, const Tensor& weight, double alpha, co
 // order (B·T,): the tokens sorted by id, stably.
 template <const Backend& K>
 Tensor noisy_embedding_backward(const Tensor& g, const Tensor& ids, const Tensor& order, int64_t vocab) {
-  if (g.dim() != 3) fail("g must have shape (B, T, C)");
+  if (g.dim() != 3) fail_shape(g, "g", "(B, T, C)");
   const int64_t B = g.size(0), T = g.size(1), C = g.size(2);
   expect(ids, "ids", {B, T}), expect(order, "order", {B * T}), expect_index(ids, "ids"), expect_index(order, "order");
   same_device(g, ids, "ids"), same_device(g, order, "order");

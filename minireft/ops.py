@@ -93,7 +93,8 @@ def _weights(h: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     fits = first is h.dtype or first is torch.float32 and h.dtype is not torch.float64
     if fits and all(w.dtype is first for w in weights):
         return weights
-    return tuple(w.to(torch.promote_types(h.dtype, torch.float32)) for w in weights)
+    wide = torch.promote_types(h.dtype, torch.float32)
+    return tuple(w.to(wide) if w.is_floating_point() else w for w in weights)                # integers: the kernels refuse them
 
 
 def _apart(a: Tensor, b: Tensor) -> Tensor:
@@ -151,7 +152,9 @@ def low_rank_edit(h: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> Tensor:
 
 def _blas_is_faster(h: Tensor, down: Tensor, tracked: bool) -> bool:
     """By shape alone, on the CPU, as minireft bench kernels measured it on a Zen 4: what fits in cache, at high ranks."""
-    C, r, dtype = h.shape[-1], down.shape[-2], h.dtype
+    if h.dim() < 1 or down.dim() != 2:                                     # the kernels say what is wrong
+        return False
+    C, r, dtype = h.shape[-1], down.shape[0], h.dtype
     if r < 12 or h.device.type != "cpu" or dtype is not down.dtype or _forced is not None or torch.is_autocast_enabled("cpu"):
         return False
     if dtype is torch.bfloat16:
@@ -199,17 +202,20 @@ def low_rank_edit_at(h: Tensor, positions: Tensor, down: Tensor, up: Tensor, bia
 def low_rank_edit_at_(h: Tensor, positions: Tensor, down: Tensor, up: Tensor, bias: Tensor, tasks: Tensor | None = None):
     """`low_rank_edit_at`, written over h; returns h.  Only the edited rows are read, written and kept for backward.
 
-    Raises ValueError if h is a leaf that requires grad, or has a last stride other than 1.
+    Raises ValueError if h is a leaf that requires grad or a view of one, is expanded, or has a last stride other than 1.
+    A view is edited by way of a copy while gradients are tracked: any stride then, and PyTorch's own RuntimeError where it
+    allows no edit, such as for one of several views from `chunk`.
     """
     tracked = _tracked(h, down, up, bias)
-    if tracked and h.requires_grad and h.is_leaf:
-        raise ValueError("h must not be a leaf that requires grad, since it is edited in place: use low_rank_edit_at")
+    view = tracked and not torch.compiler.is_compiling() and h._is_view()
+    whole = h._base if view else h
+    if tracked and whole.requires_grad and whole.is_leaf:
+        raise ValueError("h must not be a leaf that requires grad, or a view of one, since it is edited in place: use low_rank_edit_at")
     library = _library(h)
     if library is None:
         _check_edit_at(h, positions, down, up, bias, tasks)
         return _plainly(reference.low_rank_edit_at_, h, positions, down, up, bias, tasks)
-    if tracked and h.requires_grad and not torch.compiler.is_compiling() and h._is_view():
-        # copy_ knows the rules for views, before it writes; a compiler has taken care of them
+    if view:                                  # copy_ knows the rules for views, before it writes; a compiler takes care of them
         return h.copy_(low_rank_edit_at(h, positions, down, up, bias, tasks))
     down, up, bias = _weights(h, down, up, bias)
     if tracked:
@@ -267,7 +273,7 @@ def swiglu_scale(gate: Tensor, up: Tensor, l: Tensor, tasks: Tensor | None = Non
 def _scale(activation: str, x: Tensor, up: Tensor | None, l: Tensor, tasks: Tensor | None) -> Tensor:
     library = _library(x)
     if library is None:
-        _check_scale(x, up, l, tasks)
+        _check_scale(x, up, l, tasks, {"identity": "x", "swiglu": "gate"}.get(activation, "u"))
         return _plainly({"identity": reference.scale, "gelu": reference.gelu_scale, "swiglu": reference.swiglu_scale,
                          "gelu_tanh": lambda *a: reference.gelu_scale(*a, approximate="tanh")}[activation],
                         x, *([] if up is None else [up]), l, tasks)
@@ -296,7 +302,7 @@ def scale_pair(x: Tensor, y: Tensor, l_x: Tensor, l_y: Tensor, tasks: Tensor | N
     """(l_x ⊙ x, l_y ⊙ y) in one launch: keys and values, views of one packed projection or not.  Shapes as in `scale`."""
     library = _library(x)
     if library is None:
-        _check_scale(x, None, l_x, tasks), _check_scale(y, None, l_y, tasks)
+        _check_pair(x, y, l_x, l_y, tasks)
         return _plainly(reference.scale_pair, x, y, l_x, l_y, tasks)
     l_x, l_y = _weights(x, l_x, l_y)
     if _tracked(x, y, l_x, l_y):
@@ -410,7 +416,7 @@ def _register(library: str) -> None:
 
     @fake("scale_pair")
     def _(x, y, l_x, l_y, tasks):
-        _check_scale(x, None, l_x, tasks), _check_scale(y, None, l_y, tasks)
+        _check_pair(x, y, l_x, l_y, tasks)
         return _new(x, *x.shape), _new(y, *y.shape)
 
     @fake("scale_pair_backward")
@@ -454,6 +460,11 @@ def _expect(name: str, tensor: Tensor, shape: tuple, like: Tensor) -> None:
         raise ValueError(f"{name} must be on {like.device}, got {tensor.device}")
 
 
+def _expect_dtype(name: str, tensor: Tensor, of: str, like: Tensor) -> None:
+    if tensor.dtype is not like.dtype:
+        raise ValueError(f"{name} must have the dtype of {of}, {like.dtype}, got {tensor.dtype}")
+
+
 def _expect_floats(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
@@ -491,21 +502,25 @@ def _check_edit_at(h, positions, down, up, bias, tasks) -> None:
         raise ValueError(f"h must have shape (B, T, C) and positions (B, P), got {tuple(h.shape)} and {tuple(positions.shape)}")
     (B, T, _), P = h.shape, positions.shape[1]
     _check_edit(h, down, up, bias, () if tasks is None else tuple(down.shape[:1]))
-    _expect_index("positions", positions, ((B,), (B, P)), h), _expect_index("tasks", tasks, ((B,), (B, P)), h)
+    _expect_index("positions", positions, ((B, P),), h), _expect_index("tasks", tasks, ((B,), (B, P)), h)
     _expect_range("tasks", tasks, -1, down.shape[0])
 
 
-def _check_scale(x, up, l, tasks) -> None:
-    _expect_floats(x=x, l=l)
+def _check_scale(x, up, l, tasks, name="x", name_l="l") -> None:
+    _expect_floats(**{name: x, name_l: l})
     if x.dim() < (1 if tasks is None else 2) or l.dim() != (1 if tasks is None else 2):
-        wanted = "x must have shape (..., C) and l (C,)" if tasks is None else "x must have shape (B, ..., C) and l (K, C)"
-        raise ValueError(f"{wanted}, got {tuple(x.shape)} and {tuple(l.shape)}")
-    _expect("l", l, (*l.shape[:-1], x.shape[-1]), x)
+        wanted = f"(..., C) and {name_l} (C,)" if tasks is None else f"(B, ..., C) and {name_l} (K, C)"
+        raise ValueError(f"{name} must have shape {wanted}, got {tuple(x.shape)} and {tuple(l.shape)}")
+    _expect(name_l, l, (*l.shape[:-1], x.shape[-1]), x)
     if up is not None:
-        _expect("up", up, x.shape, x)
-        if up.dtype is not x.dtype:
-            raise ValueError(f"up must have the dtype of gate, {x.dtype}, got {up.dtype}")
+        _expect("up", up, x.shape, x), _expect_dtype("up", up, "gate", x)
     _expect_index("tasks", tasks, ((x.shape[0],),), x), _expect_range("tasks", tasks, -1, l.shape[0])
+
+
+def _check_pair(x, y, l_x, l_y, tasks) -> None:
+    _check_scale(x, None, l_x, tasks, "x", "l_x"), _check_scale(y, None, l_y, tasks, "y", "l_y")
+    _expect("y", y, (*x.shape[:-1], y.shape[-1]), x), _expect("l_y", l_y, (*l_x.shape[:-1], y.shape[-1]), x)
+    _expect_dtype("y", y, "x", x)
 
 
 def _check_noise(ids, weight, seed, lengths, rows, index) -> None:
@@ -515,4 +530,4 @@ def _check_noise(ids, weight, seed, lengths, rows, index) -> None:
     B, T = ids.shape
     _expect_index("ids", ids, ((B,), (B, T)), weight), _expect_index("seed", seed, ((2,),), weight)
     _expect_index("lengths", lengths, ((B,), (B, T)), weight), _expect_index("rows", rows, ((B,), (B, T)), weight)
-    _expect_index("index", index, ((), (B, T)), weight), _expect_range("ids", ids, 0, weight.shape[0])
+    _expect_index("index", index, ((B, T),), weight), _expect_range("ids", ids, 0, weight.shape[0])

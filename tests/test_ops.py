@@ -4,8 +4,10 @@ You should see every operation pass on each backend that is built; a machine wit
 """
 
 import ctypes
+import inspect
 import mmap
 import platform
+import re
 
 import pytest
 import torch
@@ -354,7 +356,7 @@ def test_second_derivatives_are_refused(backend):
 # ---- in place ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", BACKENDS[:2])
+@pytest.mark.parametrize("backend", [*BACKENDS[:2], "reference"])
 def test_in_place_on_what_autograd_keeps_or_tracks(backend):
     i = inputs()
     w = (i["positions"], i["down"], i["up"], i["bias"])
@@ -362,7 +364,14 @@ def test_in_place_on_what_autograd_keeps_or_tracks(backend):
         leaf = i["h"].clone().requires_grad_()
         with pytest.raises(ValueError, match="h must not be a leaf"):
             ops.low_rank_edit_at_(leaf, *w)
+        with pytest.raises(ValueError, match="h must not be a leaf that requires grad, or a view of one"):
+            ops.low_rank_edit_at_(leaf[:], *w)
         assert torch.equal(leaf, i["h"])
+        for rows in (torch.zeros(4, 6, 40), leaf.repeat(2, 1, 1)):             # one of several views, tracked by its weights or itself
+            part = rows.chunk(2)[0]
+            with pytest.raises(RuntimeError, match="multiple views"):
+                ops.low_rank_edit_at_(part, w[0], w[1].clone().requires_grad_(), *w[2:])
+            assert torch.equal(part, rows[:2]) and torch.equal(rows[:2], rows[2:])
         base = leaf * 2
         view = base[:, :, :]
         out = ops.low_rank_edit_at_(view, *w)                  # a view: its base must learn of it
@@ -391,47 +400,94 @@ def test_positions_are_edited_once_and_nothing_else_is_touched(backend):
 
 # ---- bad input -----------------------------------------------------------------------------------------------------------
 
-BAD = {
-    "down": ("low_rank_edit", {"down": torch.randn(3, 39)}), "up": ("low_rank_edit", {"up": torch.randn(4, 40)}),
-    "bias": ("low_rank_edit", {"bias": torch.randn(4)}),
-    "h must": ("low_rank_edit", {"h": torch.ones(2, 40, dtype=torch.int64)}),
-    "positions must be int64": ("low_rank_edit_at_", {"positions": torch.zeros(2, 1)}),
-    "positions must have shape": ("low_rank_edit_at_", {"positions": torch.zeros(3, 1, dtype=torch.int64)}),
-    "positions must lie in −1 … 5, got 6": ("low_rank_edit_at_", {"positions": torch.tensor([[0, 6], [1, 2]])}),
-    "positions must lie in −1 … 5, got -2": ("low_rank_edit_at_", {"positions": torch.tensor([[0, -2], [1, 2]])}),
-    "positions must be distinct within a row, got 4 twice in row 1": (
-        "low_rank_edit_at_", {"positions": torch.tensor([[0, 1, 2], [4, -1, 4]])}),
-    "tasks must lie in −1 … 2, got 3": ("low_rank_edit_at_", {
-        "down": torch.randn(3, 2, 40), "up": torch.randn(3, 2, 40), "bias": torch.randn(3, 2), "tasks": torch.tensor([0, 3])}),
-    "tasks must have shape": ("low_rank_edit_at_", {
-        "down": torch.randn(3, 2, 40), "up": torch.randn(3, 2, 40), "bias": torch.randn(3, 2), "tasks": torch.tensor([0, 3, 1])}),
-    "last stride 1": ("low_rank_edit_at_", {"h": torch.randn(2, 6, 80)[..., ::2]}),
-    "l must have shape": ("scale", {"x": torch.randn(2, 40), "l": torch.randn(41)}),
-    "tasks must lie in −1 … 1, got -2": ("scale", {"x": torch.randn(2, 40), "l": torch.randn(2, 40), "tasks": torch.tensor([0, -2])}),
-    "up must have": ("swiglu_scale", {"gate": torch.randn(2, 40), "up": torch.randn(2, 41), "l": torch.randn(40)}),
-    "approximate must be": ("gelu_scale", {"u": torch.randn(2, 40), "l": torch.randn(40), "approximate": "erf"}),
-    "ids must lie in 0 … 10, got 11": ("noisy_embedding", {"ids": torch.tensor([[0, 11]])}),
-    "seed must": ("noisy_embedding", {"seed": torch.tensor([1, 2, 3])}),
-    "lengths must": ("noisy_embedding", {"lengths": torch.tensor([1.0, 2.0])}),
-    "distribution must be": ("noisy_embedding", {"distribution": "cauchy"}),
-}
+BANKS = {"down": torch.randn(3, 2, 40), "up": torch.randn(3, 2, 40), "bias": torch.randn(3, 2)}
+INT = torch.zeros(3, 40, dtype=torch.int64)
+BAD = [  # operation, what is wrong, and what the message must say; "..." stands for anything
+    # rank
+    ("low_rank_edit", {"h": torch.tensor(1.0)}, "h must have shape (..., C)...got ()"),
+    ("low_rank_edit", {"down": torch.randn(40)}, "down...(r, C), got...(40,)"),
+    ("low_rank_edit_at_", {"h": torch.randn(6, 40)}, "h must have shape (B, T, C)...got (6, 40)"),
+    ("low_rank_edit_at", {"positions": INT[0, :2]}, "positions...(B, P), got...(2,)"),
+    ("low_rank_edit_at_", BANKS, "down...(r, C), got...(3, 2, 40)"),
+    ("low_rank_edit_at_", {"tasks": INT[0, :2]}, "down...(K, r, C), got...(3, 40)"),
+    ("scale", {"x": torch.tensor(1.0)}, "x must have shape (..., C)...got ()"),
+    ("gelu_scale", {"l": torch.randn(1, 40)}, "l...(C,), got...(1, 40)"),
+    ("noisy_embedding", {"ids": INT[0, :6]}, "ids must have shape (B, T)...got (6,)"),
+    ("noisy_embedding", {"weight": torch.randn(40)}, "weight...(V, C), got...(40,)"),
+    # shape
+    ("low_rank_edit", {"down": torch.randn(3, 39)}, "down must have shape (3, 40), got (3, 39)"),
+    ("low_rank_edit", {"up": torch.randn(4, 40)}, "up must have shape (3, 40), got (4, 40)"),
+    ("low_rank_edit", {"bias": torch.randn(4)}, "bias must have shape (3,), got (4,)"),
+    ("low_rank_edit_at_", {"positions": INT[:, :1]}, "positions must have shape (2, 1), got (3, 1)"),
+    ("low_rank_edit_at_", {**BANKS, "tasks": torch.tensor([0, 3, 1])}, "tasks must have shape (2,), got (3,)"),
+    ("low_rank_edit_at_", {**BANKS, "tasks": INT[:2, :1]}, "tasks must have shape (2, 2), got (2, 1)"),
+    ("scale", {"l": torch.randn(41)}, "l must have shape (40,), got (41,)"),
+    ("swiglu_scale", {"up": torch.randn(2, 6, 41)}, "up must have shape (2, 6, 40), got (2, 6, 41)"),
+    ("scale_pair", {"y": torch.randn(2, 5, 40)}, "y must have...shape...(2, 6, 40)...got (2, 5, 40)"),
+    ("scale_pair", {"l_x": torch.randn(3, 40), "l_y": torch.randn(2, 40), "tasks": INT[0, :2]},
+     "l_y must have shape (3, 40), got (2, 40)"),
+    ("noisy_embedding", {"seed": torch.tensor([1, 2, 3])}, "seed must have shape (2,), got (3,)"),
+    ("noisy_embedding", {"lengths": INT[:2, :5]}, "lengths must have shape (2, 6), got (2, 5)"),
+    ("noisy_embedding", {"index": INT[0, :2]}, "index must have shape (2, 6), got (2,)"),
+    # dtype
+    ("low_rank_edit", {"h": torch.ones(2, 40, dtype=torch.int64)}, "h must be float32...got...int64"),
+    ("low_rank_edit_at", {"h": torch.ones(2, 8192, 40, dtype=torch.int64)}, "h must be float32...got...int64"),
+    *[(name, {weight: INT[0, :3] if weight == "bias" else INT}, f"{weight} must...got...int64")
+      for name in ("low_rank_edit", "low_rank_edit_at_") for weight in ("down", "up", "bias")],
+    ("gelu_scale", {"u": INT}, "u must be float32...got...int64"),
+    ("swiglu_scale", {"l": INT[0]}, "l must be float32...got...int64"),
+    ("swiglu_scale", {"up": torch.randn(2, 6, 40).half()}, "up must have the dtype of gate...float32, got...float16"),
+    ("scale_pair", {"y": torch.randn(2, 6, 40).bfloat16()}, "y must have the dtype of x...float32, got...bfloat16"),
+    ("noisy_embedding", {"weight": INT}, "weight must be float32...got...int64"),
+    ("low_rank_edit_at_", {"positions": torch.zeros(2, 1)}, "positions must be int64, got...float32"),
+    ("scale", {"l": torch.randn(3, 40), "tasks": torch.zeros(2).int()}, "tasks must be int64, got...int32"),
+    ("noisy_embedding", {"lengths": torch.tensor([1.0, 2.0])}, "lengths must be int64, got...float32"),
+    # devices mixed
+    *[(name, {argument: torch.zeros(shape, device="meta", dtype=dtype)}, f"{argument} must be on...")
+      for name, argument, shape, dtype in [
+          ("low_rank_edit", "down", (3, 40), None), ("low_rank_edit_at_", "up", (3, 40), None),
+          ("low_rank_edit_at_", "positions", (2, 2), torch.int64), ("scale", "l", (40,), None),
+          ("swiglu_scale", "up", (2, 6, 40), None), ("scale_pair", "y", (2, 6, 40), None),
+          ("noisy_embedding", "ids", (2, 6), torch.int64), ("noisy_embedding", "seed", (2,), torch.int64)]],
+    # values out of range
+    ("low_rank_edit_at_", {"positions": torch.tensor([[0, 6], [1, 2]])}, "positions must lie in −1 … 5, got 6"),
+    ("low_rank_edit_at_", {"positions": torch.tensor([[0, -2], [1, 2]])}, "positions must lie in −1 … 5, got -2"),
+    ("low_rank_edit_at_", {"positions": torch.tensor([[0, 1, 2], [4, -1, 4]])},
+     "positions must be distinct within a row, got 4 twice in row 1"),
+    ("low_rank_edit_at_", {**BANKS, "tasks": torch.tensor([0, 3])}, "tasks must lie in −1 … 2, got 3"),
+    ("low_rank_edit_at_", {**BANKS, "tasks": torch.tensor([[0, 1], [2, 3]])}, "tasks must lie in −1 … 2, got 3"),
+    ("scale", {"l": torch.randn(2, 40), "tasks": torch.tensor([0, -2])}, "tasks must lie in −1 … 1, got -2"),
+    ("scale_pair", {"l_x": BANKS["up"][0], "l_y": BANKS["up"][0], "tasks": torch.tensor([0, 2])},
+     "tasks must lie in −1 … 1, got 2"),
+    ("noisy_embedding", {"ids": torch.tensor([[0, 11]])}, "ids must lie in 0 … 10, got 11"),
+    ("gelu_scale", {"approximate": "erf"}, "approximate must be...got 'erf'"),
+    ("noisy_embedding", {"distribution": "cauchy"}, "distribution must be...got 'cauchy'"),
+    # memory that cannot be edited in place
+    ("low_rank_edit_at_", {"h": torch.randn(2, 6, 80)[..., ::2]}, "h must have last stride 1...got 2"),
+    ("low_rank_edit_at_", {"h": torch.randn(1, 6, 40).expand(2, 6, 40)}, "h must...got an expanded tensor"),
+]
 
 
-@pytest.mark.parametrize("message", BAD)
+@pytest.mark.parametrize("name, changes, message", [pytest.param(*bad, id=f"{bad[0]}: {bad[2]}") for bad in BAD])
 @pytest.mark.parametrize("backend", [*BACKENDS[:2], "reference"])
-def test_bad_input_is_named_before_anything_is_written(backend, message):
-    name, changes = BAD[message]
-    if backend == "reference" and message == "last stride 1":
-        pytest.skip("plain PyTorch takes any stride")
-    signature = {"low_rank_edit": ("h", "down", "up", "bias"), "low_rank_edit_at_": ("h", "positions", "down", "up", "bias"),
-                 "noisy_embedding": ("ids", "weight", "alpha", "seed")}.get(name, ())
-    good = {**inputs(), "alpha": 5.0}
-    arguments = {n: good[n] for n in signature} | {n: v.clone() if isinstance(v, torch.Tensor) and v.is_contiguous() else v
-                                                   for n, v in changes.items()}
-    before = arguments["h"].clone() if "h" in arguments else None
-    with ops.use(backend), pytest.raises(ValueError, match=message.replace("(", r"\(")):
-        getattr(ops, name)(**arguments)
-    assert before is None or torch.equal(arguments["h"], before)
+def test_bad_input_is_named_before_anything_is_written(backend, name, changes, message):
+    layout = "h" in changes and not changes["h"].is_contiguous()
+    if backend == "reference" and layout:
+        pytest.skip("plain PyTorch takes any stride, and has its own word on expanded tensors")
+    rows, vector = torch.randn(2, 6, 40), torch.randn(40)
+    good = {**inputs(), "alpha": 5.0, "x": rows, "y": rows, "u": rows, "gate": rows, "l_x": vector, "l_y": vector}
+    if name == "swiglu_scale":
+        good["up"] = rows
+    function = getattr(ops, name)
+    arguments = {n: good[n] for n, p in inspect.signature(function).parameters.items() if p.default is p.empty} | changes
+    before = {n: t.clone() for n, t in arguments.items() if isinstance(t, torch.Tensor) and t.device.type == "cpu"}
+    pattern = ".*".join(map(re.escape, message.split("...")))
+    for tracked in (False,) if layout else (False, True):                      # a tracked view goes by way of a copy
+        for n in {"down", "up", "l", "l_x", "weight"} & arguments.keys() - changes.keys():
+            arguments[n].requires_grad_(tracked)
+        with ops.use(backend), pytest.raises(ValueError, match=pattern):
+            function(**arguments)
+    assert all(torch.equal(arguments[n], t) for n, t in before.items())
 
 
 def test_backends_are_forced_by_statement_and_by_context():
