@@ -224,13 +224,12 @@ for axis, before, after, colour in ((paper, points, edited, "C4"), (left, flat(h
                                     (left, flat(h[98::9]), flat(out[98::9]), "C1")):
     lines = torch.stack((before, after)).permute(2, 0, 1)                 # x and y, each (2, N)
     axis.plot(*before.T, "o", *after.T, "x", *lines, "-", color=colour, ms=5, lw=0.7)
-right.plot(there[0], put[0], "o", there[1], put[1], "o", ms=4)
+right.legend(right.plot(there[0], put[0], "o", there[1], put[1], "o", ms=4), ["good reviews", "bad reviews"])
 for axis, start, slope in ((paper, (0, 0), 0.6 / 0.8), (left, (m.item(), 0), float("inf")), (right, (0, 0), 1)):
     axis.axline(start, slope=slope, color="C3", ls=":")
 paper.set(title="On paper (dotted: along R)", xlabel="first number", ylabel="second number", aspect="equal")
 left.set(title="Mirror (dotted) by hand: ● → ×", xlabel="along R", ylabel="at right angles to R")
 right.set(title="Trained (dotted: no change)", xlabel="R h, what was there", ylabel="W h + b, what is written")
-right.legend(["good reviews", "bad reviews"])
 plt.show()
 
 # %% [markdown]
