@@ -1,5 +1,5 @@
 """Counts what a CUDA kernel does, in the emulator, and predicts its time on three GPUs: a profiler without a GPU.
-Run: python benchmarks/profile_kernel.py low_rank_edit --N 448 --C 4096 --r 8 [--backward] [--json] [--source]
+Run: minireft profile low_rank_edit --N 448 --C 4096 --r 8 --dtype bf16 [--backward] [--json] [--source]
 You should see bytes moved beside the least possible, the same on every run; the times are predictions.
 
 bytes       traffic to device memory, by a model: the chip's L2 as one LRU cache of 32-byte sectors, empty at the start,
@@ -7,6 +7,10 @@ bytes       traffic to device memory, by a model: the chip's L2 as one LRU cache
 l2_bytes    all sectors that warps asked for.          least_bytes  each input read once, each output written once.
 coalescing  share of hot accesses (source lines that move at least 5 % of the sectors) that are 16 bytes a lane
             and touch no more sectors than their bytes need.        bank_conflicts  extra passes over shared memory.
+shuffles and mma (tensor-core steps) count once a warp, fma (multiply-adds) once a thread, barriers once a block.
+
+In bytes, forward passes move at most 1.05 times the least, backward passes 1.10 times; but where D, A, their gradients and
+partial sums fill the L2, g comes from memory twice: 1.22 to 1.29 times at r 32 and 64 with C 4096 and an L2 of 3 MB.
 """
 
 import argparse
@@ -125,6 +129,9 @@ def profile(
 def _count(emulator: Emulator, run, l2_bytes: int) -> dict:
     with emulator.counting(l2_bytes) as counts:
         run()
+    for kernel in counts["kernels"]:
+        for site in kernel["sites"]:
+            site["file"] = Path(site["file"]).resolve().relative_to(ROOT).as_posix()
     return counts
 
 
@@ -200,10 +207,10 @@ def show_source(p: dict) -> None:
             at.setdefault(s["file"], {}).setdefault(s["line"], []).append(s)
     for file, lines in at.items():
         print(
-            f"\n{Path(file).resolve().relative_to(ROOT)}\n"
+            f"\n{file}\n"
             f"{'instructions':>13}{'sectors':>10}{'full':>6}{'conflicts':>10}"
         )
-        for number, text in enumerate(Path(file).read_text().splitlines(), 1):
+        for number, text in enumerate((ROOT / file).read_text().splitlines(), 1):
             if not any(abs(number - other) <= 3 for other in lines):
                 continue
             sites = lines.get(number, [])
