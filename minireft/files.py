@@ -62,8 +62,8 @@ def read_checked(path) -> bytes:
 
 @contextlib.contextmanager
 def locked(path):
-    """Holds the lock of a file while it lasts; the system lets it go when the process ends, however it ends. OSError when
-    another process holds it."""
+    """Holds the lock of a file, which is there while it lasts; the system lets it go when the process ends, however it ends.
+    OSError when another process holds it."""
     import fcntl                                                          # not on Windows, where nothing else here needs it
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -77,10 +77,17 @@ def locked(path):
             file.seek(0)
             raise OSError(f"{Path(path).parent} is in use by another process ({file.read().strip()}): "
                           "wait until it has ended, or name another folder") from None
+        if not Path(path).exists() or not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            with locked(path):                                            # who held it took it away after we had opened it
+                yield
+            return
         file.truncate(0)
         with contextlib.suppress(OSError):                                # who holds it is a courtesy: a full disk is not an error here
             os.write(file.fileno(), f"process {os.getpid()}\n".encode())
-        yield
+        try:
+            yield
+        finally:
+            Path(path).unlink(missing_ok=True)
 
 
 def append_line(path, line: str) -> None:

@@ -46,7 +46,7 @@ def test_tune_generate_and_evaluate_as_processes(tiny_base, tmp_path):
                              "--neftune", 5, "--out", out)
     assert tuned.returncode == 0, tuned.stderr
     assert "trainable parameters: 260 of" in tuned.stdout                 # 2 · (2·2·32 + 2)
-    assert sorted(p.name for p in out.iterdir()) == ["adapter.safetensors", "checkpoint.before.pt", "checkpoint.pt", "lock", "log.jsonl"]
+    assert sorted(p.name for p in out.iterdir()) == ["adapter.safetensors", "checkpoint.before.pt", "checkpoint.pt", "log.jsonl"]
     losses = [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
     assert len(losses) == 60 and losses[-1] < losses[0]
 
@@ -304,7 +304,7 @@ def test_a_full_disk(most, tiny_base, tmp_path):
     full = minireft_process(*TUNE, "--base", tiny_base, "--steps", 10, "--out", tmp_path,
                             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)))
     assert full.returncode == 1 and one_line(full.stderr) and "cannot write" in full.stderr, full.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["lock", "log.jsonl"]              # no adapter, no checkpoint, nothing partial
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["log.jsonl"]      # no adapter, no checkpoint, nothing partial
     for line in (tmp_path / "log.jsonl").read_text().splitlines(keepends=True):
         assert line.endswith("\n") and json.loads(line)
 

@@ -34,7 +34,7 @@ def quick_gates(monkeypatch):
 def test_a_few_steps_write_a_folder_that_loads(tmp_path, quick_gates):
     report = pretrain(tmp_path / "base", processes=1, progress=False, recipe=TINY)
     files = sorted(path.name for path in (tmp_path / "base").iterdir())
-    assert files == ["README.md", "config.json", "model.safetensors", "tokenizer.json"]
+    assert files == ["README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
     model, tokenizer = checkpoint.load(tmp_path / "base")
     assert model.config.width == 32 and tokenizer.vocab_size == len(VOCABULARY) + 3

@@ -5,6 +5,7 @@ See:  whatever ended a run, resuming it ends in the bits of the run that nothing
 """
 
 import json
+import fcntl
 import os
 import random
 import shutil
@@ -200,12 +201,23 @@ def test_a_second_process_is_refused_and_a_dead_one_holds_nothing(tmp_path):
     os.kill(child, signal.SIGKILL)                                        # it cannot tidy up
     end_of(child)
     run(tmp_path)
-    assert (tmp_path / "lock").read_text() == f"process {os.getpid()}\n"
-    with files.locked(tmp_path / "lock"):                                 # train let it go
-        pass
+    assert not (tmp_path / "lock").exists()                               # train let it go
     with pytest.raises(OSError, match="cannot write"):
-        with files.locked(tmp_path / "lock" / "beneath a file"):
+        with files.locked(tmp_path / "log.jsonl" / "beneath a file"):
             pass
+
+
+def test_a_lock_that_was_taken_away_after_it_was_opened_is_made_anew(tmp_path, monkeypatch):
+    path, flock = tmp_path / "lock", fcntl.flock
+
+    def late(file, how):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        path.unlink()                                                     # by its holder, who ends
+        flock(file, how)
+    monkeypatch.setattr(fcntl, "flock", late)
+    with files.locked(path):
+        assert path.read_text() == f"process {os.getpid()}\n"
+    assert not path.exists()
 
 
 # -------------------------------------------------------------------------------------------------- numbers going wrong
