@@ -4,8 +4,8 @@ Run:  pytest tests/test_runs.py                   # -m slow kills fifty times, n
 See:  whatever ended a run, resuming it ends in the bits of the run that nothing ended.
 """
 
-import json
 import fcntl
+import json
 import os
 import random
 import shutil
