@@ -217,7 +217,7 @@ assert right["that moved most"][1] > after - 0.2 and right["that moved most"][3]
 import matplotlib.pyplot as plt
 figure, (left, middle) = plt.subplots(1, 2, figsize=(10, 4.2), width_ratios=(1.25, 1))
 report.draw([left], ["ffn"])
-left.set(ylabel="l", xlabel="block", title=f"The {F} knobs of each feed-forward (bars: mean ± std)")
+left.set(ylabel="l, the knob's setting", xlabel="block", title=f"The {F} knobs of each feed-forward (bars: mean ± std)")
 for name, accuracies in right.items():
     middle.plot([100 * share for share in shares], accuracies, "o-", label=f"put back those {name}")
 middle.axhline(before, color="C3", ls=":", label="before training")
