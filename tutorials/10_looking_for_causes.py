@@ -104,8 +104,8 @@ assert [said[0], said[-1], said[4]] == answers
 # is fetched after that, from her own place. A block later the vector brings `carl` along.
 #
 # One pair proves little. `benchmarks/das.py` draws 400, of people from `test`.
-# `minireft.adapters.more.interchange.Pair` holds the tokens of base and source, and the third answer; `minireft.adapters.more.interchange.Interchange` does the
-# swap. For now it swaps everything: its rank is C.
+# `minireft.adapters.more.interchange.Pair` holds the tokens of base and source, and the third answer;
+# `minireft.adapters.more.interchange.Interchange` does the swap. For now it swaps everything: its rank is C.
 #
 # **Predict:** three curves over the blocks, one for each answer. Can more than one be at 1?
 
@@ -172,7 +172,8 @@ def exchanged(R, layer):
     return swap.accuracy(test, among)
 
 by_means = {"after block 5": exchanged(R, 5),
-            "five at random": exchanged(torch.linalg.qr(torch.randn(C, 5)).Q.T, 5), "after block 3": exchanged(directions(3), 3)}
+            "five at random": exchanged(torch.linalg.qr(torch.randn(C, 5)).Q.T, 5),
+            "after block 3": exchanged(directions(3), 3)}
 print("the third answer:", {name: round(share, 2) for name, share in by_means.items()})
 assert by_means["after block 5"] > 0.95 and by_means["five at random"] < 0.05 and by_means["after block 3"] < 0.1
 
