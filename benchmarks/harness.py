@@ -126,7 +126,11 @@ def ratios(times, floor) -> list[float]:
 # ---- ceilings --------------------------------------------------------------------------------------------------------
 
 
-MULTIPLY_ADDS = """
+NATIVE = """
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
 extern "C" float multiply_adds(long n) {          // n × 16 independent chains × 16 lanes, in registers
   typedef float lanes __attribute__((vector_size(64)));
   lanes a[16] = {}, b = {}, c = {};
@@ -137,7 +141,35 @@ extern "C" float multiply_adds(long n) {          // n × 16 independent chains 
   for (int j = 1; j < 16; j++) a[0] += a[j];
   return a[0][0];
 }
+
+extern "C" void fill(float* p, long n) {          // past the caches, where the processor can; p at a cache line
+  long i = 0;
+#if defined(__AVX512F__)
+  for (; i + 16 <= n; i += 16) _mm512_stream_ps(p + i, _mm512_set1_ps(1));
+  _mm_sfence();
+#elif defined(__AVX__)
+  for (; i + 8 <= n; i += 8) _mm256_stream_ps(p + i, _mm256_set1_ps(1));
+  _mm_sfence();
+#endif
+  for (; i < n; i++) p[i] = 1;
+}
 """
+
+
+@lru_cache
+def native() -> ctypes.CDLL | None:
+    """The functions above; None without a compiler."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, path = Path(folder, "native.cpp"), Path(folder, "native.so")
+        source.write_text(NATIVE)
+        try:
+            subprocess.run([os.environ.get("CXX", "g++"), "-O3", "-march=native", "-shared", "-fPIC", str(source), "-o", str(path)], check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        library = ctypes.CDLL(str(path))
+    library.multiply_adds.argtypes, library.multiply_adds.restype = [ctypes.c_long], ctypes.c_float
+    library.fill.argtypes, library.fill.restype = [ctypes.c_void_p, ctypes.c_long], None
+    return library
 
 
 def ceilings(clock: Clock, dtypes) -> dict:
@@ -159,23 +191,24 @@ def ceilings(clock: Clock, dtypes) -> dict:
 
 def multiply_adds(clock: Clock, n: int = 100_000) -> float:
     """GFLOP/s of one thread in registers; 0 without a compiler."""
-    with tempfile.TemporaryDirectory() as folder:
-        source, library = Path(folder, "peak.cpp"), Path(folder, "peak.so")
-        source.write_text(MULTIPLY_ADDS)
-        try:
-            subprocess.run([os.environ.get("CXX", "g++"), "-O3", "-march=native", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
-        except (OSError, subprocess.CalledProcessError):
-            return 0.0
-        run = ctypes.CDLL(str(library)).multiply_adds
-        run.argtypes, run.restype = [ctypes.c_long], ctypes.c_float
-        return 2 * 256 * n / min(clock.interleaved({"run": lambda: run(n)}, seconds=0.1)["run"]) / 1e9
+    if not native():
+        return 0.0
+    return 2 * 256 * n / min(clock.interleaved({"run": lambda: native().multiply_adds(n)}, seconds=0.1)["run"]) / 1e9
+
+
+def fill(x: torch.Tensor, around_cache: bool) -> None:
+    """Writes x and no more; torch's own fill_ goes through the cache, which reads memory before it is written."""
+    if around_cache and x.device.type == "cpu" and native():
+        native().fill(x.data_ptr(), x.nbytes // 4)
+    else:
+        x.fill_(1.0)
 
 
 def stream(reads: int, writes: int, dtype: torch.dtype, device, around_cache: bool):
     """A function that reads and writes so many elements and does no more: the ceiling of whatever must move as many.
 
     Sums of two where more is read than written, copies, and fills where more is written than read; into memory that is there.
-    Copies go around the cache (as memcpy does with large ones) or through it: which is faster depends on the size.
+    Copies and fills go around the cache (as memcpy does with large ones) or through it: which is faster depends on the size.
     """
     sums = min(max(0, reads - writes), writes)
     copies = min(writes - sums, reads - 2 * sums)
@@ -191,7 +224,7 @@ def stream(reads: int, writes: int, dtype: torch.dtype, device, around_cache: bo
         elif copies:
             torch.neg(c, out=y)
         if fills:
-            z.fill_(1.0)
+            fill(z, around_cache)
         if rest:
             d.sum()
     return run

@@ -535,7 +535,6 @@ Tensor noisy_embedding_backward(const Tensor& g, const Tensor& ids, const Tensor
   expect(ids, "ids", {B, T}), expect(order, "order", {B * T}), expect_index(ids, "ids"), expect_index(order, "order");
   same_device(g, ids, "ids"), same_device(g, order, "order");
   Tensor dweight = empty(g, {vocab, C}, g.scalar_type());
-  torch::stable::zero_(dweight);
   const Rows from(g, 1);
   const Tensor sorted = packed(order);
   const Noise n{B, T, C, vocab, index_of(ids), {}, {}, {}, nullptr, 0, false, dtype_of(g, "g")};

@@ -112,7 +112,7 @@ struct NoiseForward {
 struct NoiseBackward {              // of Noise only B, T, C, V, ids and dtype are read
   Stream g;
   const int64_t* order;             // (B·T,) the tokens b·T + t, sorted by id, equal ids in their own order
-  void* dweight;                    // (V, C) contiguous, arrives zeroed; sums run in that order
+  void* dweight;                    // (V, C) contiguous, written whole; sums run in that order
   void* workspace;                  // as many bytes as noisy_embedding_workspace says, 16-byte aligned
 };
 

@@ -132,7 +132,7 @@ def low_rank_edit(h: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> Tensor:
     """h + (h downᵀ + bias) up, on every row.  h (..., C), down and up (r, C), bias (r,) → (..., C), contiguous.
 
     Equal to `torch.addmm(h, torch.addmm(bias, h, down.T), up)` for h (N, C), in one pass over memory; and on the CPU it is
-    that where BLAS is faster: at ranks of 12 and more while h stays in cache, by shape and dtype alone.
+    that where BLAS is faster: in bfloat16 at ranks of 32 and more while h stays in cache, by shape and dtype alone.
     Raises ValueError naming the argument when a shape, dtype or device does not fit.
     """
     library = _library(h)
@@ -140,28 +140,23 @@ def low_rank_edit(h: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> Tensor:
         _check_edit(h, down, up, bias)
         return _plainly(reference.low_rank_edit, h, down, up, bias)
     down, up, bias = _weights(h, down, up, bias)
-    tracked = _tracked(h, down, up, bias)
-    if _blas_is_faster(h, down, tracked):
+    if _blas_is_faster(h, down):
         _check_edit(h, down, up, bias)
         rows = h.reshape(-1, h.shape[-1])                                                      # (N, C)
         return torch.addmm(rows, torch.addmm(bias, rows, down.T), up).view(h.shape)
-    if tracked:
+    if _tracked(h, down, up, bias):
         return _LowRankEdit.apply(library, h, down, _apart(down, up), bias)
     return _libraries[library]["low_rank_edit"](h, down, up, bias)[0]
 
 
-def _blas_is_faster(h: Tensor, down: Tensor, tracked: bool) -> bool:
-    """By shape alone, on the CPU, as minireft bench kernels measured it on a Zen 4: what fits in cache, at high ranks."""
+def _blas_is_faster(h: Tensor, down: Tensor) -> bool:
+    """By shape and dtype alone, on the CPU, as measured on a Zen 5: bfloat16 throughout, in cache, at high ranks."""
     if h.dim() < 1 or down.dim() != 2:                                     # the kernels say what is wrong
         return False
-    C, r, dtype = h.shape[-1], down.shape[0], h.dtype
-    if r < 12 or h.device.type != "cpu" or dtype is not down.dtype or _forced is not None or torch.is_autocast_enabled("cpu"):
+    if h.device.type != "cpu" or not h.dtype is down.dtype is torch.bfloat16 or _forced is not None:
         return False
-    if dtype is torch.bfloat16:
-        return h.numel() <= 2 ** 22 and (r >= 48 or C < 1024) or h.numel() < r * C
-    few = h.numel() < r * C                                                # fewer rows than ranks: weights outweigh rows
-    cached = h.numel() <= (2 ** 22 if r >= 48 else 2 ** 19) and r >= (32 if C >= 512 else 16)
-    return dtype is torch.float32 and r >= 16 and (few or cached and not tracked)
+    few = 32 if h.shape[-1] < 1024 else 48
+    return down.shape[0] >= few and 2 ** 17 < h.numel() <= 2 ** 22 and not torch.is_autocast_enabled("cpu")
 
 
 class _LowRankEdit(torch.autograd.Function):

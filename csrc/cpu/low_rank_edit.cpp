@@ -52,7 +52,7 @@ void forward(const Edit& e, const EditForward& f) {
                                   rows > ROWS ? nullptr : next, past);
           });
       }
-      fence();
+      if (past) fence();
     });
   }
 }

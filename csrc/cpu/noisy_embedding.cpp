@@ -103,24 +103,37 @@ void forward(const Noise& z, const NoiseForward& f) {
   });
 }
 
+// Every word's row is written once: zeros, or the sum over its tokens in their order. While one token's gradient is added, the
+// next one's, which is anywhere, is asked into the second-level cache.
 template <class T>
 void backward(const Noise& z, const NoiseBackward& f) {
   using F = wide<T>;
   const int64_t N = z.B * z.T, C = z.C;
-  const auto id = [&](int64_t i) { return at(z.ids, f.order[i] / z.T, f.order[i] % z.T); };
-  std::vector<int64_t> starts;  // where each run of equal ids begins
-  for (int64_t i = 0; i < N; ++i)
-    if (i == 0 || id(i) != id(i - 1)) starts.push_back(i);
-  starts.push_back(N);
-  parallel((int64_t)starts.size() - 1, [&](int64_t run) {
+  std::vector<int64_t> starts(z.V + 1);  // the tokens of word v are starts[v] … starts[v + 1] − 1 of the order
+  std::vector<const T*> g(N + 1);
+  for (int64_t i = 0; i < N; ++i) {
+    const int64_t b = f.order[i] / z.T, t = f.order[i] % z.T;
+    ++starts[at(z.ids, b, t) + 1];
+    g[i] = g[N] = (const T*)f.g.data + b * f.g.batch_stride + t * f.g.token_stride;
+  }
+  for (int64_t v = 0; v < z.V; ++v) starts[v + 1] += starts[v];
+  const bool past = streams<T>({f.dweight, 0, C}, z.V, C);
+  constexpr int64_t WORDS = 16, PIECES = 64;  // frequent words have neighbouring ids: the pieces get them in turn, 16 at a time
+  parallel(PIECES, [&](int64_t piece) {
     std::vector<F> sum(C);
-    for (int64_t i = starts[run]; i < starts[run + 1]; ++i) {
-      const int64_t n = f.order[i];
-      const T* g = (const T*)f.g.data + n / z.T * f.g.batch_stride + n % z.T * f.g.token_stride;
-      for (int64_t c = 0; c < C; ++c) sum[c] += widen(g[c]);
-    }
-    T* out = (T*)f.dweight + id(starts[run]) * C;
-    for (int64_t c = 0; c < C; ++c) narrow(sum[c], out[c]);
+    const auto write_row = [&](T* out, int64_t begin, int64_t end) {
+      if (begin == end) over_row<T>(C, [&](int64_t c, auto, auto store) { store(out + c, vec<T>{}, past); });
+      for (int64_t i = begin; i < end; ++i)
+        over_row<T>(C, [&, row = g[i], next = g[i + 1]](int64_t c, auto load, auto store) __attribute__((always_inline)) {
+          __builtin_prefetch(next + c, 0, 2);
+          const vec<T> total = (i == begin ? vec<T>{} : load(sum.data() + c)) + load(row + c);
+          if (i + 1 == end) store(out + c, total, past);
+          else store(sum.data() + c, total);
+        });
+    };
+    for (int64_t first = piece * WORDS; first < z.V; first += PIECES * WORDS)
+      for (int64_t v = first; v < std::min(first + WORDS, z.V); ++v) write_row((T*)f.dweight + v * C, starts[v], starts[v + 1]);
+    fence();
   });
 }
 

@@ -72,21 +72,21 @@ template <class M, class W>
 std::vector<M> packed(const W* w, int64_t C, int64_t r) {
   std::vector<M> all(packed_size<M>(C, units<M>(r)));
   M* to = all.data();
-  for (int64_t c = 0; c < C; c += lanes<M>)
-    for (int64_t k = 0; k < r; k += per<M>, to += lanes<M>)
-      for (int64_t j = 0; j < std::min<int64_t>(lanes<M>, C - c); ++j) {
-        const W* low = w + k * C + c;
-        if constexpr (per<M> == 2) to[j] = {low[j], k + 1 < r ? low[C + j] : bf16{}};
-        else to[j] = widen(low[j]);
-      }
+  over_row<W>(C, [&](int64_t c, auto load, auto store) {
+    for (int64_t k = 0; k < r; k += per<M>, to += lanes<M>) {
+      const W* low = w + k * C + c;
+      if constexpr (per<M> == 2) write(to, join(load(low), k + 1 < r ? load(low + C) : vec<W>{}));
+      else store(to, load(low));
+    }
+  });
   return all;
 }
 
 template <class F, class W>
 void unpack(const F* from, W* w, int64_t C, int64_t r) {
-  for (int64_t c = 0; c < C; c += lanes<F>)
-    for (int64_t k = 0; k < r; ++k, from += lanes<F>)
-      for (int64_t j = 0; j < std::min<int64_t>(lanes<F>, C - c); ++j) narrow(from[j], w[k * C + c + j]);
+  over_row<W>(C, [&](int64_t c, auto, auto store) {
+    for (int64_t k = 0; k < r; ++k, from += lanes<F>) store(w + k * C + c, load(from));
+  });
 }
 
 // Factors (rows, r) as multipliers of weights, (rows, units), and of rows, (rows or pairs of rows, r).
@@ -192,23 +192,8 @@ void gradients(const T* const* g, const T* const* h, T* const* dh, const M* u_ra
 
 // ---- types ---------------------------------------------------------------------------------------------------------------
 
-// A weight in the arithmetic's type: itself, or a converted copy.
-template <class F>
-struct Wide {
-  std::vector<F> copy;
-  const F* data;
-  Wide(const void* weight, Dtype dtype, int64_t count) {
-    data = (const F*)weight;
-    if (dtype == Dtype::f32 || dtype == Dtype::f64) return;
-    copy.resize(count);
-    with_type(dtype, [&](auto t) {
-      for (int64_t i = 0; i < count; ++i) copy[i] = widen(((const decltype(t)*)weight)[i]);
-    });
-    data = copy.data();
-  }
-};
 template <>
-struct Wide<bf16> {  // multiplied in pairs, as they are
+struct Wide<bf16> {  // weights that are multiplied in pairs, as they are
   const bf16* data;
   Wide(const void* weight, Dtype, int64_t) : data((const bf16*)weight) {}
 };

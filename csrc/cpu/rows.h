@@ -22,7 +22,7 @@ inline std::vector<Group> group_rows(const Edit& e) {
   const int64_t N = e.B * e.P;
   if (!e.positions.data && !e.tasks.data) return {{0, {}, N}};
   std::vector<Group> groups(e.K);
-  for (int64_t k = 0; k < e.K; ++k) groups[k].bank = k;
+  for (int64_t k = 0; k < e.K; ++k) groups[k].bank = k, groups[k].n.reserve(e.P);
   for (int64_t b = 0, n = 0; b < e.B; ++b)
     for (int64_t p = 0; p < e.P; ++p, ++n) {
       const bool active = !e.positions.data || e.positions.data[b * e.positions.stride_b + p * e.positions.stride_p] >= 0;

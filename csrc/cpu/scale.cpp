@@ -10,27 +10,29 @@
 namespace minireft::cpu {
 namespace {
 
-// l as numbers of the arithmetic's type, one row per bank and a last row of ones for rows without a task.
-template <class F>
-std::vector<F> vectors(const Scale& z, const void* l, int64_t C) {
-  std::vector<F> wide((z.K + 1) * C, F(1));
-  with_type(z.weight_dtype, [&](auto t) {
-    for (int64_t i = 0; i < z.K * C; ++i) wide[i] = F(widen(((const decltype(t)*)l)[i]));
-  });
-  return wide;
-}
+// −1 for a row without a task.
+int64_t bank_of(const Scale& z, int64_t b) { return z.tasks.data ? z.tasks.data[b * z.tasks.stride_b] : 0; }
 
-int64_t bank_of(const Scale& z, int64_t b) {
-  const int64_t k = z.tasks.data ? z.tasks.data[b * z.tasks.stride_b] : 0;
-  return k < 0 ? z.K : k;
-}
+// l of each row of the batch: its bank's, or ones.
+template <class F>
+struct Vectors {
+  const Scale& z;
+  const int64_t C;
+  const Wide<F> l;
+  const std::vector<F> ones;
+  Vectors(const Scale& z, const void* l, int64_t C) : z(z), C(C), l(l, z.weight_dtype, z.K * C), ones(z.tasks.data ? C : 0, F(1)) {}
+  const F* operator[](int64_t b) const {
+    const int64_t k = bank_of(z, b);
+    return k < 0 ? ones.data() : l.data + k * C;
+  }
+};
 
 template <class T>
 T* row(const Stream& s, int64_t b, int64_t t) { return (T*)s.data + b * s.batch_stride + t * s.token_stride; }
 
 template <class T, Activation A>
 void forward(const Scale& z, const ScaleForward& f) {
-  const std::vector<wide<T>> l = vectors<wide<T>>(z, f.l, f.C);
+  const Vectors<wide<T>> l(z, f.l, f.C);
   constexpr int64_t PIECE = 16;
   const int64_t N = z.B * z.T;
   const bool past = streams<T>(f.out, N, f.C);
@@ -39,7 +41,7 @@ void forward(const Scale& z, const ScaleForward& f) {
       const int64_t b = n / z.T, t = n % z.T;
       const T *x = row<T>(f.x, b, t), *up = A == Activation::swiglu ? row<T>(f.up, b, t) : nullptr;
       T* out = row<T>(f.out, b, t);
-      const wide<T>* scale = &l[bank_of(z, b) * f.C];
+      const wide<T>* scale = l[b];
       over_row<T>(f.C, [&](int64_t c, auto load, auto store) __attribute__((always_inline)) {
         vec<T> value, slope;
         activate<A, std::is_same_v<T, bf16>>(load(x + c), value, slope);
@@ -55,7 +57,7 @@ template <class T, Activation A>
 void backward(const Scale& z, const ScaleBackward& f) {
   using F = wide<T>;
   const int64_t C = f.C, N = z.B * z.T;
-  const std::vector<F> l = vectors<F>(z, f.l, C);
+  const Vectors<F> l(z, f.l, C);
   // Pieces of rows that share a bank: each row of the batch with tasks, otherwise at most 16 of at least 64 rows.
   const int64_t pieces = z.tasks.data ? z.B : std::clamp<int64_t>(N / 64, 1, 16);
   std::vector<F> sums(pieces * C);
@@ -66,7 +68,7 @@ void backward(const Scale& z, const ScaleBackward& f) {
       const int64_t b = n / z.T, t = n % z.T;
       const T *g = row<T>(f.g, b, t), *x = row<T>(f.x, b, t), *up = A == Activation::swiglu ? row<T>(f.up, b, t) : nullptr;
       T *dx = row<T>(f.dx, b, t), *dup = A == Activation::swiglu ? row<T>(f.dup, b, t) : nullptr;
-      const F* scale = &l[bank_of(z, b) * C];
+      const F* scale = l[b];
       over_row<T>(C, [&](int64_t c, auto load, auto store) __attribute__((always_inline)) {
         vec<T> value, slope;
         activate<A, std::is_same_v<T, bf16>>(load(x + c), value, slope);
@@ -88,7 +90,7 @@ void backward(const Scale& z, const ScaleBackward& f) {
   std::vector<F> total(z.K * C);
   for (int64_t piece = 0; piece < pieces; ++piece) {
     const int64_t k = bank_of(z, piece);
-    for (int64_t c = 0; k < z.K && c < C; ++c) total[k * C + c] += sums[piece * C + c];
+    for (int64_t c = 0; k >= 0 && c < C; ++c) total[k * C + c] += sums[piece * C + c];
   }
   with_type(z.weight_dtype, [&](auto t) {
     for (int64_t i = 0; i < z.K * C; ++i) {

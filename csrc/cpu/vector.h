@@ -7,6 +7,7 @@
 #include <cstring>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -213,5 +214,21 @@ void with_type(Dtype dtype, const Body& body) {
     case Dtype::f64: return body(double{});
   }
 }
+
+// A weight in the arithmetic's type: itself, or a converted copy.
+template <class F>
+struct Wide {
+  std::vector<F> copy;
+  const F* data;
+  Wide(const void* weight, Dtype dtype, int64_t count) {
+    data = (const F*)weight;
+    if (dtype == Dtype::f32 || dtype == Dtype::f64) return;
+    copy.resize(count);
+    with_type(dtype, [&](auto t) {
+      for (int64_t i = 0; i < count; ++i) copy[i] = widen(((const decltype(t)*)weight)[i]);
+    });
+    data = copy.data();
+  }
+};
 
 }  // namespace minireft::cpu

@@ -230,6 +230,17 @@ const char* launch_sum_partials(const float* partial, int64_t count, int64_t str
   return LAUNCH((sum_partials<O, 1>), grid, THREADS, 0, stream, partial, count, stride, width, out, tasks, per_row);
 }
 
+// Fills memory with zeros, in the stream's order.
+inline const char* zeros(void* data, size_t bytes, void* stream) {
+#if defined(MINIREFT_EMULATOR)
+  memset(data, 0, bytes);
+  return nullptr;
+#else
+  cudaError_t error = cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(stream));
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+#endif
+}
+
 // Has the GPU the tensor-core step that tensor_cores.cuh uses (compute capability 8.0 and later)?
 inline bool has_mma() {
 #if defined(MINIREFT_EMULATOR)

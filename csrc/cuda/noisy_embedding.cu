@@ -132,9 +132,11 @@ const char* noisy_embedding(const Noise& a, const NoiseForward& f, void* stream)
 
 const char* noisy_embedding_backward(const Noise& a, const NoiseBackward& f, void* stream) {
   TRY(too_large(a));
-  if (a.B * a.T * a.C == 0) return nullptr;
+  if (a.V * a.C == 0) return nullptr;
   return by_dtype(a.dtype, a.dtype, [&](auto t, auto) -> const char* {
     using T = decltype(t);
+    TRY(zeros(f.dweight, a.V * a.C * sizeof(T), stream));  // most words of a vocabulary are in no batch
+    if (a.B * a.T == 0) return nullptr;
     const bool vectors = aligned<T>(f.g) && aligned(f.dweight, a.C * sizeof(T));
     const dim3 grid(ceil_div(a.C, SPAN * 32 * (vectors ? fast<T> : 1)) * ceil_div(a.B * a.T, WARPS));
     if (vectors) return LAUNCH((sum_runs<T, fast<T>>), grid, THREADS, 0, stream, a, f);
