@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import datetime
 import json
+import mmap
 import os
 import platform
 import random
@@ -196,6 +197,14 @@ def multiply_adds(clock: Clock, n: int = 100_000) -> float:
     return 2 * 256 * n / min(clock.interleaved({"run": lambda: native().multiply_adds(n)}, seconds=0.1)["run"]) / 1e9
 
 
+def large_pages(n: int, dtype: torch.dtype) -> torch.Tensor:
+    """n elements in pages of 2 MiB, where the system has them, as the kernels' own results are."""
+    memory = mmap.mmap(-1, n * dtype.itemsize)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype)
+
+
 def fill(x: torch.Tensor, around_cache: bool) -> None:
     """Writes x and no more; torch's own fill_ goes through the cache, which reads memory before it is written."""
     if around_cache and x.device.type == "cpu" and native():
@@ -214,7 +223,8 @@ def stream(reads: int, writes: int, dtype: torch.dtype, device, around_cache: bo
     copies = min(writes - sums, reads - 2 * sums)
     fills, rest = writes - sums - copies, max(0, reads - 2 * sums - copies)
     a, b, c, d = (torch.randn(max(n, 1), device=device).to(dtype) for n in (sums, sums, copies, rest))
-    x, y, z = (torch.empty(max(n, 1), device=device, dtype=dtype) for n in (sums, copies, fills))
+    x, y = (torch.empty(max(n, 1), device=device, dtype=dtype) for n in (sums, copies))
+    z = large_pages(max(fills, 1), dtype) if torch.device(device).type == "cpu" else torch.empty(fills, device=device, dtype=dtype)
 
     def run():
         if sums:
