@@ -1,6 +1,6 @@
 """Runs the tutorials and writes their pages, their exercises and the index.
 
-Use:  python tutorials/make.py [01 ...]        run and render all, or those whose names begin so; about a minute
+Use:  python tutorials/make.py [01 ...]        run and render all, or those whose names begin so; all take some minutes
       python tutorials/make.py --exercises     write only the exercise files and the index: nothing runs
       python tutorials/make.py --check         change nothing; say what is not in step with its source; exit status 1 then
 See:  rendered/NN_title.md with its picture, exercises/NN_title.py, and README.md's table.
