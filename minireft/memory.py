@@ -166,6 +166,10 @@ def peak_bytes(device: torch.device) -> int:
     """The most this process has held: of the GPU, or of the machine's memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    told = Path("/proc/self/status")                                      # getrusage begins with what the parent process held
+    for line in told.read_text().splitlines() if told.exists() else ():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

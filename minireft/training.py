@@ -280,6 +280,7 @@ def backward(model, adapters, rows, step, config, device, team, pieces) -> torch
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
             out = batch.through(model, tasks)                             # (B, T, V), or a classifier's (B, classes)
         loss = sum(objective.total(out, batch) / count for objective, count in zip(objectives, counts))
+        del out                                                           # logits are large, and the backward pass needs none
         loss.backward()
         total += loss.detach()
     return total

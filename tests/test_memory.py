@@ -29,7 +29,7 @@ SHAPES = {                              # model, adapter, rows, tokens, settings
     "weights": (dict(vocab_size=8000, width=512, layers=6, heads=8, hidden=2048, context=256), "", 2, 64, {"full": True, "lr": 1e-4}),
 }
 PROGRAM = """
-import resource, sys
+import sys
 import torch
 sys.path.insert(0, {root!r})
 import minireft
@@ -41,7 +41,7 @@ def run(shape, adapter, rows, tokens, settings):
     adapters = [getattr(minireft, adapter)(model)] if adapter else []
     examples = [Encoded([5 + (7 * i + j) % 50 for j in range(tokens)], tokens // 2) for i in range(rows)]
     minireft.train(model, adapters, examples, minireft.TrainConfig(steps=2, batch_size=rows, **settings), progress=False)
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
 run(dict(vocab_size=64, width=16, layers=1, heads=1, hidden=16, context=16), {adapter!r}, 1, 8, {settings!r})       # what is imported late
 before = peak()
 run({shape!r}, {adapter!r}, {rows}, {tokens}, {settings!r})
