@@ -21,7 +21,7 @@ import subprocess
 import tempfile
 import time
 import weakref
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -223,8 +223,8 @@ def stream(reads: int, writes: int, dtype: torch.dtype, device, around_cache: bo
     copies = min(writes - sums, reads - 2 * sums)
     fills, rest = writes - sums - copies, max(0, reads - 2 * sums - copies)
     a, b, c, d = (torch.randn(max(n, 1), device=device).to(dtype) for n in (sums, sums, copies, rest))
-    x, y = (torch.empty(max(n, 1), device=device, dtype=dtype) for n in (sums, copies))
-    z = large_pages(max(fills, 1), dtype) if torch.device(device).type == "cpu" else torch.empty(fills, device=device, dtype=dtype)
+    empty = large_pages if torch.device(device).type == "cpu" else partial(torch.empty, device=device)
+    x, y, z = (empty(max(n, 1), dtype=dtype) for n in (sums, copies, fills))
 
     def run():
         if sums:
