@@ -54,7 +54,6 @@ def tune(args) -> None:
     adapter = None if full else adapters[0]
     if args.dry_run:
         from .dry_run import show
-        from .dry_run import show
         return show(model.to(half or torch.float32), adapters, config, [len(minireft.data.encode(tokenizer, e, model.config.context).ids) for e in examples])
     if adapter:
         adapter.print_trainable_parameters()

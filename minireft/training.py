@@ -255,7 +255,6 @@ class Team:
             for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
                 tensor.copy_(part.view_as(tensor))
 
-
     def most(self, number: int) -> int:
         """The largest of the processes' numbers."""
         if self.size == 1:
