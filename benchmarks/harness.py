@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minireft import files, ops
+from minireft.demo import processor
 
 RESULTS = Path(__file__).parent / "results"
 QUANTILES = (0.2, 0.5, 0.8)
@@ -358,9 +359,7 @@ def machine(device: str = "cpu") -> dict:
     if device.startswith("cuda"):
         name, compiler = torch.cuda.get_device_properties(0).name, said(os.environ.get("CUDACXX", "nvcc"), "--version", line=-2)
     else:
-        names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")] \
-            if platform.system() == "Linux" else [platform.processor()]
-        name, compiler = names[0], said(os.environ.get("CXX", "g++"), "--version")
+        name, compiler = processor(), said(os.environ.get("CXX", "g++"), "--version")
     backend = device.split(":")[0]
     return {"device": name, "torch": torch.__version__, "compiler": compiler, "date": datetime.date.today().isoformat(),
             "commit": said("git", "-C", str(RESULTS.parent), "rev-parse", "--short", "HEAD"),

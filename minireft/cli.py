@@ -368,7 +368,11 @@ def main(argv: list[str] | None = None) -> int:
     args.argv = argv
     try:
         args.run(args)
+        sys.stdout.flush()
         return 0
+    except BrokenPipeError:                                               # whoever reads, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt as stop:
         if os.environ.get("MINIREFT_DEBUG"):
             raise

@@ -314,3 +314,11 @@ def test_a_process_shows_one_line_and_its_traceback_only_when_asked(tmp_path):
     assert wrong.returncode == 1 and one_line(wrong.stderr) and not wrong.stdout
     asked = minireft_process("generate", "--base", tmp_path, "anna", env={"MINIREFT_DEBUG": "1"})
     assert asked.returncode == 1 and "Traceback" in asked.stderr and "FileNotFoundError" in asked.stderr
+
+
+def test_a_reader_that_has_seen_enough_is_no_mistake():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command("inspect", "base"), env=ENVIRONMENT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.stderr == "" and done.returncode == 1
