@@ -10,8 +10,10 @@ own stream, gradients are averaged, and each process orthogonalises its share of
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
+import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -136,7 +138,7 @@ def _together(work, processes: int, *arguments) -> None:
     """Runs work(rank, processes, *arguments) in that many processes; if one fails or Ctrl-C comes, none is left behind."""
     if processes == 1:
         return work(0, 1, *arguments)
-    team = torch.multiprocessing.start_processes(work, (processes, *arguments), processes, join=False)
+    team = torch.multiprocessing.start_processes(_member, (work, processes, *arguments), processes, join=False)
     try:
         while not team.join():
             pass
@@ -148,6 +150,14 @@ def _together(work, processes: int, *arguments) -> None:
     finally:
         for process in team.processes:
             process.kill()
+
+
+def _member(rank: int, work, *arguments) -> None:
+    """One of the processes. It ends without the interpreter's teardown, in which a thread of gloo or autograd that still wants
+    the interpreter's lock aborts the process now and then (pytorch/pytorch#190489), when all its work is done."""
+    work(rank, *arguments)
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(0)
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:

@@ -7,6 +7,7 @@ See:  a progress bar with loss, speed and memory; out/log.jsonl, a line a step; 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import math
 import time
@@ -240,6 +241,7 @@ class Team:
         self.device, group = device, torch.distributed
         if group.is_available() and group.is_torchelastic_launched() and not group.is_initialized():
             group.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            atexit.register(group.destroy_process_group)                  # its threads must be gone before the interpreter is
         together = group.is_available() and group.is_initialized()
         self.rank, self.size = (group.get_rank(), group.get_world_size()) if together else (0, 1)
 

@@ -55,7 +55,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_gives_others(tmp_path, qu
 def test_two_processes_end_with_one_model(tmp_path):
     """In a subprocess, since `spawn` needs a main module. Before every step the processes compare all their weights."""
     program = f"""
-import sys, torch
+import atexit, os, sys, torch
 from minireft import pretraining
 from minireft.tasks import gates
 def work(rank, *rest):
@@ -69,6 +69,7 @@ def work(rank, *rest):
         seen.append(total)
         average(model, processes)
     pretraining.average_gradients = compare
+    atexit.register(os.abort)           # as threads of gloo do now and then while the interpreter is torn down
     ORIGINAL(rank, *rest)
     assert len(seen) == 3 and not torch.equal(seen[0], seen[2])
 ORIGINAL = pretraining._work
