@@ -65,8 +65,7 @@ def load(path="base", device=None, dtype=None):
 def save(model: Model, tokenizer, path, dtype=None) -> None:
     """Writes a base as a folder that `load` reads; dtype of the stored weights (None: as they are)."""
     folder = Path(path)
-    tensors = {name: p.to(dtype) if dtype else p for name, p in model.named_parameters()}  # a shared weight under its first name
-    files.write_tensors(folder / "model.safetensors", tensors)
+    files.write_tensors(folder / "model.safetensors", dict(model.named_parameters()), dtype=dtype)       # a shared weight under its first name
     files.write_text(folder / "config.json", json.dumps({"format": "minireft base", **asdict(model.config)}, indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save(folder / "tokenizer.json")

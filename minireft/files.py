@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import tempfile
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor, load
+from torch import Tensor
+
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
+          torch.uint8: "U8", torch.bool: "BOOL"}                          # as a safetensors file calls them
 
 
-def write_bytes(path, data: bytes, before=None) -> None:
-    """Writes beside `path`, flushes to the disk, then renames; what was there takes the name `before`, if one is given.
-    OSError says what went wrong and where."""
+def write_bytes(path, data, before=None) -> None:
+    """Writes bytes, or parts one after the other, beside `path`, flushes to the disk, then renames; what was there takes the
+    name `before`, if one is given. OSError says what went wrong and where."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -29,7 +34,7 @@ def write_bytes(path, data: bytes, before=None) -> None:
         raise OSError(f"cannot write {path}: {error.strerror}; choose a folder that can be written to") from error
     try:
         with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
+            stream.writelines([data] if isinstance(data, bytes) else data)
             stream.flush()
             os.fsync(stream.fileno())
         os.chmod(temporary, 0o644)
@@ -49,7 +54,7 @@ def write_text(path, text: str) -> None:
 
 def write_checked(path, data: bytes, before=None) -> None:
     """`write_bytes` of the data and, behind it, its SHA-256."""
-    write_bytes(path, data + hashlib.sha256(data).digest(), before)
+    write_bytes(path, (data, hashlib.sha256(data).digest()), before)
 
 
 def read_checked(path) -> bytes:
@@ -108,9 +113,19 @@ def append_line(path, line: str) -> None:
             raise OSError(f"cannot write {path}: the disk or the quota is full; what was there is unchanged")
 
 
-def write_tensors(path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """One safetensors file. Tensors that share memory are written once each, as copies."""
-    write_bytes(path, save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, metadata))
+def write_tensors(path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None, dtype=None) -> None:
+    """One safetensors file, stored as dtype (None: as they are): the length of a header of JSON, the header, then the tensors' own
+    bytes, widest numbers first; whole once each, where they share memory, too. Only what is not contiguous, not on the CPU or of
+    another dtype is copied, one tensor at a time. KeyError for a dtype that the format has no name for."""
+    header, end = {"__metadata__": metadata} if metadata else {}, 0
+    tensors = dict(sorted(tensors.items(), key=lambda item: -(dtype or item[1].dtype).itemsize))
+    for name, tensor in tensors.items():
+        kind = dtype or tensor.dtype
+        header[name] = {"dtype": DTYPES[kind], "shape": list(tensor.shape), "data_offsets": [end, end := end + tensor.numel() * kind.itemsize]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)                                       # the numbers behind it are aligned
+    parts = (t.detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy() for t in tensors.values())
+    write_bytes(path, chain([len(text).to_bytes(8, "little"), text], parts))
 
 
 def read_tensors(path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -128,7 +143,7 @@ def read_tensor(path, name: str) -> Tensor:
 def read_torch(path) -> dict[str, Tensor]:
     """A torch file of named tensors, read with weights only, so that no code in it runs. ValueError for anything else."""
     try:
-        found = load(path, weights_only=True, map_location="cpu")
+        found = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:                                            # torch.load raises whatever it stumbles over
         raise ValueError(f"{path} holds more than tensors, or is broken ({type(error).__name__}): save it again as safetensors") from error
     if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):

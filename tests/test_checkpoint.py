@@ -7,10 +7,12 @@ See:  the same configuration, tokenizer and logits from a folder as from the mod
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import small
 import torch
+from safetensors import safe_open
 
 import minireft
 from minireft import load, save
@@ -49,6 +51,41 @@ def test_reading_takes_little_more_memory_than_the_model(tmp_path):
     for folder, dtype in (("ours", "float32"), ("theirs", "bfloat16")):
         out = subprocess.run([sys.executable, "-c", PEAK, tmp_path / folder, dtype], capture_output=True, text=True, check=True)
         assert 1 < float(out.stdout) < 1.2, (folder, dtype)
+
+
+WRITING = """
+import sys, torch
+from minireft.files import write_tensors
+def status(name): return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))   # kB
+torch.manual_seed(0)
+tensors = {f"{i}": torch.randn(512, 1024).mT[: 1024 - i] if i % 2 else torch.randn(1024, 512) for i in range(16)}          # 32 MB, half of it transposed
+tensors |= {"again": tensors["0"], "part": tensors["2"][3:], "whole": torch.arange(3), "yes": torch.tensor([True]), "number": torch.tensor(0.5)}
+for dtype in (None, torch.bfloat16):
+    write_tensors(sys.argv[1], {"warm": torch.ones(2, 2)}, dtype=dtype)
+    before = status("VmRSS")
+    write_tensors(sys.argv[1] + str(dtype), tensors, {"who": "x"}, dtype)
+    print((status("VmHWM") - before) / (16 * 2048))
+torch.save(tensors, sys.argv[1])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+def test_writing_takes_no_second_copy(tmp_path):
+    """Peak resident memory while writing over what was there before, in units of what is written: a sixteenth is one tensor, 1 a copy of
+    all. What is written is what another reader finds, also of tensors that share memory or lie in another order than they are read."""
+    path = str(tmp_path / "x")
+    out = subprocess.run([sys.executable, "-c", WRITING, path], capture_output=True, text=True, check=True).stdout
+    assert max(map(float, out.split())) < 0.25, out
+    for dtype in (None, torch.bfloat16):
+        with safe_open(path + str(dtype), framework="pt") as file:
+            found, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+        expected = {name: tensor.to(dtype or tensor.dtype) for name, tensor in torch.load(path).items()}
+        assert metadata == {"who": "x"} and found.keys() == expected.keys()
+        assert all(t.dtype == expected[n].dtype and torch.equal(t, expected[n]) for n, t in found.items())
+        whole = Path(path + str(dtype)).read_bytes()
+        end = 8 + int.from_bytes(whole[:8], "little")                     # of the header; what is mapped of the file is aligned
+        places = {name: end + row["data_offsets"][0] for name, row in json.loads(whole[8:end]).items() if name in found}
+        assert all(places[n] % t.itemsize == 0 for n, t in found.items())
 
 
 def test_stored_in_half_and_loaded_in_any_dtype(tmp_path):

@@ -272,9 +272,9 @@ def save(model: Model, tokenizer, path, dtype=None) -> None:
             whole = torch.cat(parts) if len(parts) > 1 else parts[0]
             whole = whole / row.scale(config, settings) if row.scale else whole
             whole = torch.zeros_like(whole[:1]) if row.added else F.pad(whole, (0, 0, row.skip, 0)) if row.skip else whole
-            tensors[theirs.format(their_layer)] = (whole.T if row.transposed else whole).to(dtype or parts[0].dtype)
-    files.write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
-    settings["torch_dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+            tensors[theirs.format(their_layer)] = whole.T if row.transposed else whole
+    files.write_tensors(folder / "model.safetensors", tensors, {"format": "pt"}, dtype)
+    settings["torch_dtype"] = str(dtype or next(iter(tensors.values())).dtype).removeprefix("torch.")
     files.write_text(folder / "config.json", json.dumps(settings, indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save(folder / "tokenizer.json")
