@@ -21,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))                                             # so that it also runs as a file
 from benchmarks import generation, harness, kernels, training  # noqa: E402
+from minireft.cli import reader_may_leave  # noqa: E402
 
 PROGRAMS = {"kernels": kernels, "training": training, "generation": generation}
 
@@ -55,6 +56,7 @@ def everything() -> int:
     return 0
 
 
+@reader_may_leave()
 def main(argv: list[str]) -> int:
     if argv == ["all"]:
         return everything()

@@ -20,6 +20,7 @@ import torch
 
 import minireft
 from minireft import NEFTune, TrainConfig, files, tasks
+from minireft.cli import reader_may_leave
 from minireft.data import collate, encode, encode_prompt
 from minireft.demo import FULL, processor
 from minireft.evaluation import evaluating
@@ -151,6 +152,7 @@ def picture(found: dict[str, list[dict]], path: Path) -> bool:
     return True
 
 
+@reader_may_leave()
 def main() -> None:
     parser = argparse.ArgumentParser(prog="minireft analyse neftune", description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=4, metavar="N", help="2 to 7 (default: 4)")

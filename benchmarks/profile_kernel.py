@@ -23,6 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it also runs as a file
 from benchmarks.emulator import ROOT, Emulator  # noqa: E402
+from minireft.cli import reader_may_leave  # noqa: E402
 
 # Data sheets: memory bandwidth (GB/s), L2 (MB), float32 outside and half precision with float sums inside the tensor
 # cores (TFLOP/s, dense).  The cost of a launch is an assumption, the same for all.
@@ -225,6 +226,7 @@ def show_source(p: dict) -> None:
             print(f"{counts} {number:>4}  {text}")
 
 
+@reader_may_leave()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="minireft profile", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

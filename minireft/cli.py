@@ -11,7 +11,7 @@ import os
 import shlex
 import subprocess
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -198,6 +198,17 @@ def adapted(model, path, force: bool):
     return minireft.load_adapter(model, path, force) if path else nullcontext()
 
 
+@contextmanager
+def reader_may_leave():
+    """Around a program, or its decorator: it ends quietly, with status 1, when whoever reads its output, such as `head`, has seen enough."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # for what is still to be flushed
+        sys.exit(1)
+
+
 def progress(args) -> bool:
     return not args.quiet and sys.stderr.isatty()
 
@@ -367,12 +378,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(args.options)}")
     args.argv = argv
     try:
-        args.run(args)
-        sys.stdout.flush()
+        with reader_may_leave():
+            args.run(args)
         return 0
-    except BrokenPipeError:                                               # whoever reads, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except KeyboardInterrupt as stop:
         if os.environ.get("MINIREFT_DEBUG"):
             raise

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 import minireft
 from minireft.cli import main
 
+RESULTS = Path(__file__).parent.parent / "benchmarks/results/kernels.jsonl"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 TUNE = ("tune", "--task", "facts", "--limit", "64", "--batch-size", "4", "--quiet")
 
@@ -316,9 +318,14 @@ def test_a_process_shows_one_line_and_its_traceback_only_when_asked(tmp_path):
     assert asked.returncode == 1 and "Traceback" in asked.stderr and "FileNotFoundError" in asked.stderr
 
 
-def test_a_reader_that_has_seen_enough_is_no_mistake():
+@pytest.mark.parametrize("words", [
+    ["inspect", "base"], ["bench", "--compare", RESULTS, RESULTS],
+    pytest.param(["profile", "scale", "--N", 64, "--C", 256, "--source"], marks=pytest.mark.emulator)], ids=lambda words: words[0])
+def test_a_reader_that_has_seen_enough_is_no_mistake(words):
+    if words[0] == "profile" and not shutil.which(ENVIRONMENT.get("CXX", "g++")):
+        pytest.skip("no C++ compiler here")
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run(command("inspect", "base"), env=ENVIRONMENT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command(*words), env=ENVIRONMENT, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert done.stderr == "" and done.returncode == 1

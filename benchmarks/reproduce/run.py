@@ -17,8 +17,10 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.reproduce import methods, report  # noqa: E402
 from benchmarks.reproduce.claims import CLAIMS  # noqa: E402
 from benchmarks.reproduce.engine import FULL, QUICK, Store, run_claim  # noqa: E402
+from minireft.cli import reader_may_leave  # noqa: E402
 
 
+@reader_may_leave()
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="minireft reproduce", description=__doc__.split("\n")[0])
     parser.add_argument("--claim", metavar="NAME", action="append", help=f"one of {', '.join(CLAIMS)}; may be repeated (default: all)")
