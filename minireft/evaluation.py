@@ -6,8 +6,9 @@ See:  shares of right answers with their standard errors.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from statistics import fmean, pstdev
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from statistics import fmean
 
 from torch import Tensor
 
@@ -24,25 +25,31 @@ METRICS = ("rank", "exact", "answer", "loss")
 @dataclass(frozen=True)
 class Scores:
     """Shares of examples, None where not asked for: rank, whose likeliest choice is right; exact, written exactly; answer,
-    whose answer stands in what was written. loss: −log p of the completion, nats a token, the mean over examples."""
+    whose answer stands in what was written. loss: −log p of the completion, nats a token, the mean over examples. errors: their
+    standard errors over n examples of so many questions; those of one task, format and id are wordings of one question."""
 
     n: int
-    rank: float | None
-    exact: float | None
+    rank: float | None = None
+    exact: float | None = None
     answers: tuple[str, ...] = ()       # what was written, in the order of the examples
     answer: float | None = None
     loss: float | None = None
-    loss_error: float = 0.0             # the standard error of that mean
-
-    def standard_error(self, name: str) -> float:
-        """√(p(1 − p)/n) of a share, and of 'loss' its own."""
-        p = getattr(self, name)
-        return self.loss_error if name == "loss" else (p * (1 - p) / self.n) ** 0.5
+    errors: dict[str, float] = field(default_factory=dict)
+    questions: int = 0
 
     def __str__(self) -> str:
-        asked = [name for name in METRICS if getattr(self, name) is not None]
-        parts = [f"{name} {getattr(self, name):.3f} ± {self.standard_error(name):.3f}" for name in asked]
-        return f"{', '.join(parts)} on {self.n} examples"
+        parts = [f"{name} {getattr(self, name):.3f} ± {self.errors[name]:.3f}" for name in METRICS if name in self.errors]
+        return f"{', '.join(parts)} on {self.n} examples" + (f" of {self.questions} questions" if self.questions < self.n else "")
+
+
+def clustered_error(values: list[float], questions: list) -> float:
+    """The standard error of a mean whose values of one question depend on each other: √(Σ_q (Σ_{i in q} (x_i − x̄))²) / n (Miller 2024,
+    Adding Error Bars to Evals, clustered standard errors). Where every question stands once it is the usual one, √(p(1 − p)/n) of a
+    share; where all stand equally often, that of the mean over their own means."""
+    mean, sums = fmean(values), defaultdict(float)
+    for value, question in zip(values, questions):
+        sums[question] += value - mean
+    return sum(s * s for s in sums.values()) ** 0.5 / len(values)
 
 
 def mean_log_likelihoods(model: Model, rows: list[Encoded], batch_size: int = 64) -> list[float]:
@@ -91,37 +98,35 @@ def evaluate(model: Model, tokenizer, examples: list[Example], metrics=None, bat
     if not examples:
         raise ValueError("there are no examples to evaluate on")
     labels = labels_of(model.adapters)
-    same = len({e.format for e in examples}) == 1
-    usual = ("rank",) if labels else FORMATS[examples[0].format].metrics if same else None
+    usual = ("rank",) if labels else FORMATS[examples[0].format].metrics if len({e.format for e in examples}) == 1 else None
     metrics = metrics or usual or (("rank", "exact") if all(e.choices for e in examples) else ("exact",))
     if not set(metrics) <= set(METRICS):
         raise ValueError(f"metrics are {metrics!r}: expected some of {', '.join(METRICS)}")
-    context, found, answers = model.config.context, {}, []
+    context, each, answers = model.config.context, {}, []                 # each: metric → what every example scores
     with evaluating(model):
         if "rank" in metrics and labels:
-            names = classify(model, tokenizer, [e.prompt for e in examples], batch_size)
-            found["rank"] = fmean(label == e.completion for label, e in zip(names, examples))
+            chosen = classify(model, tokenizer, [e.prompt for e in examples], batch_size)
+            each["rank"] = [label == e.completion for label, e in zip(chosen, examples)]
         elif "rank" in metrics:
             rows = [[encode(tokenizer, replace(e, completion=c), context) for c in (e.completion, *wrong_choices(e))] for e in examples]
-            scores, right = iter(mean_log_likelihoods(model, sum(rows, []), batch_size)), 0
+            scores, each["rank"] = iter(mean_log_likelihoods(model, sum(rows, []), batch_size)), []
             for choices in rows:                                          # the right one stands first
                 best = [next(scores) * (1 if length_normalised else row.predicted(row.ids)) for row in choices]
-                right += best[0] > max(best[1:])
-            found["rank"] = right / len(examples)
+                each["rank"].append(best[0] > max(best[1:]))
         if "loss" in metrics:
-            losses = [-b for b in mean_log_likelihoods(model, [encode(tokenizer, e, context) for e in examples], batch_size)]
-            found |= {"loss": fmean(losses), "loss_error": pstdev(losses) / len(losses) ** 0.5}
+            each["loss"] = [-b for b in mean_log_likelihoods(model, [encode(tokenizer, e, context) for e in examples], batch_size)]
         if "answer" in metrics:
             if missing := [e for e in examples if e.answer is None or not FORMATS[e.format].right]:
                 raise ValueError(f"{missing[0].prompt[:60]!r} has no answer to look for: use other metrics, or a format that has")
-            most = [FORMATS[e.format].max_new_tokens for e in examples]
-            answers = write(model, tokenizer, examples, most, batch_size)
-            found["answer"] = fmean(FORMATS[e.format].right(tokenizer.decode(ids), e) for e, ids in zip(examples, answers))
+            answers = write(model, tokenizer, examples, [FORMATS[e.format].max_new_tokens for e in examples], batch_size)
+            each["answer"] = [FORMATS[e.format].right(tokenizer.decode(ids), e) for e, ids in zip(examples, answers)]
         if "exact" in metrics:
             wanted = [tokenizer.encode(e.completion) for e in examples]
             answers = write(model, tokenizer, examples, [len(ids) + 1 for ids in wanted], batch_size)       # the end must come in time
-            found["exact"] = fmean(a == w for a, w in zip(answers, wanted))
-    return Scores(len(examples), **{"rank": None, "exact": None} | found, answers=tuple(map(tokenizer.decode, answers)))
+            each["exact"] = [a == w for a, w in zip(answers, wanted)]
+    questions = [i if e.id is None else (e.task, e.format, e.id) for i, e in enumerate(examples)]
+    return Scores(len(examples), **{name: fmean(x) for name, x in each.items()}, answers=tuple(map(tokenizer.decode, answers)),
+                  errors={name: clustered_error(x, questions) for name, x in each.items()}, questions=len(set(questions)))
 
 
 def write(model: Model, tokenizer, examples: list[Example], most: list[int], batch_size: int) -> list[list[int]]:

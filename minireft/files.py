@@ -119,11 +119,11 @@ def write_tensors(path, tensors: dict[str, Tensor], metadata: dict[str, str] | N
     another dtype is copied, one tensor at a time. KeyError for a dtype that the format has no name for."""
     header, end = {"__metadata__": metadata} if metadata else {}, 0
     tensors = dict(sorted(tensors.items(), key=lambda item: -(dtype or item[1].dtype).itemsize))
-    for name, tensor in tensors.items():
-        kind = dtype or tensor.dtype
-        header[name] = {"dtype": DTYPES[kind], "shape": list(tensor.shape), "data_offsets": [end, end := end + tensor.numel() * kind.itemsize]}
+    for name, t in tensors.items():
+        kind = dtype or t.dtype
+        header[name] = {"dtype": DTYPES[kind], "shape": list(t.shape), "data_offsets": [end, end := end + t.numel() * kind.itemsize]}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)                                       # the numbers behind it are aligned
+    text += b" " * (-len(text) % 8)                                       # so the numbers behind it are aligned
     parts = (t.detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy() for t in tensors.values())
     write_bytes(path, chain([len(text).to_bytes(8, "little"), text], parts))
 

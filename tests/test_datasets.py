@@ -208,7 +208,7 @@ def test_the_loss_of_instructions_is_the_mean_over_examples():
     each = [evaluate(model, model.tokenizer, [e]).loss for e in examples]
     mean = sum(each) / 3
     assert scores.loss == pytest.approx(mean) and max(each) - min(each) > 0.01
-    assert scores.standard_error("loss") == pytest.approx((sum((x - mean) ** 2 for x in each) / 3) ** 0.5 / 3**0.5)
+    assert scores.errors["loss"] == pytest.approx((sum((x - mean) ** 2 for x in each) / 3) ** 0.5 / 3**0.5)
     both = evaluate(model, model.tokenizer, [*examples, Example("w1", "w2")])                # of two formats: what every example allows
     assert both.loss is None and both.exact is not None
 

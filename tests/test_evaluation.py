@@ -1,10 +1,12 @@
 """Evaluation against slow, plain versions: one choice and one token at a time.
 
 Run:  pytest tests/test_evaluation.py
-See:  the likeliest choice by mean log-likelihood a token; the greedy answer, token for token; errors as √(p(1 − p)/n).
+See:  the likeliest choice by mean log-likelihood a token; the greedy answer, token for token; errors by question.
 """
 
 import random
+from dataclasses import replace
+from statistics import fmean, pstdev
 
 import pytest
 import small
@@ -12,7 +14,7 @@ import torch
 
 from minireft import IA3, Example, LoReFT, evaluate
 from minireft.data import Encoded, encode
-from minireft.evaluation import Scores, mean_log_likelihoods
+from minireft.evaluation import Scores, clustered_error, mean_log_likelihoods
 
 
 def draw(count, seed=0):
@@ -101,10 +103,40 @@ def test_a_prompt_near_the_context_does_not_cut_its_neighbours():
 
 
 def test_standard_errors_and_the_line_that_is_printed():
-    scores = Scores(n=400, rank=0.8, exact=None)
-    assert scores.standard_error("rank") == pytest.approx(0.02)
-    assert str(scores) == "rank 0.800 ± 0.020 on 400 examples"
-    assert str(Scores(100, 0.5, 1.0)) == "rank 0.500 ± 0.050, exact 1.000 ± 0.000 on 100 examples"
+    rank = [1.0] * 320 + [0.0] * 80
+    assert clustered_error(rank, range(400)) == pytest.approx((0.8 * 0.2 / 400) ** 0.5) == pytest.approx(0.02)
+    assert str(Scores(400, 0.8, errors={"rank": 0.02}, questions=400)) == "rank 0.800 ± 0.020 on 400 examples"
+    both = Scores(100, 0.5, 1.0, errors={"rank": 0.05, "exact": 0.0}, questions=25)
+    assert str(both) == "rank 0.500 ± 0.050, exact 1.000 ± 0.000 on 100 examples of 25 questions"
+
+
+def test_the_wordings_of_one_question_are_one_draw():
+    """Four wordings that are right or wrong together tell as little as one; what differs within a question averages out of it."""
+    of_questions = [0.0, 1.0, 1.0, 0.25, 0.5]
+    repeated, questions = [x for x in of_questions for _ in range(4)], [q for q in range(5) for _ in range(4)]
+    assert clustered_error(repeated, questions) == pytest.approx(pstdev(of_questions) / 5**0.5)
+    assert clustered_error(repeated, questions) == pytest.approx(2 * clustered_error(repeated, range(20)))      # √4 times the naive one
+    draw = random.Random(0)
+    moved = [x + dx for x in of_questions for dx in draw.sample((-0.3, -0.1, 0.1, 0.3), 4)]
+    assert clustered_error(moved, questions) == pytest.approx(pstdev(of_questions) / 5**0.5)
+    mean = fmean([1, 1, 0, 0, 0])                                         # unequally many: weighed by how often they stand
+    assert clustered_error([1, 1, 0, 0, 0], "aabcc") == pytest.approx(((2 * (1 - mean)) ** 2 + mean**2 + (2 * mean) ** 2) ** 0.5 / 5)
+
+
+def test_evaluation_knows_the_wordings_by_their_id():
+    model = small.model()
+    drawn = [replace(e, id=i // 3) for i, e in enumerate(e for e in draw(60, seed=3) if len(e.choices) > 1)]
+    scores = evaluate(model, model.tokenizer, drawn, ("rank", "exact", "loss"))
+    alone = evaluate(model, model.tokenizer, [replace(e, id=None) for e in drawn], ("rank", "loss"))
+    each = [evaluate(model, model.tokenizer, [e], ("rank", "loss")) for e in drawn]
+    questions = [e.id for e in drawn]
+    for name in ("rank", "loss"):
+        values = [getattr(one, name) for one in each]
+        assert scores.errors[name] == pytest.approx(clustered_error(values, questions)) and getattr(scores, name) == getattr(alone, name)
+        assert alone.errors[name] == pytest.approx(pstdev(values) / len(values) ** 0.5) != pytest.approx(scores.errors[name], rel=0.01)
+    assert scores.questions == len(set(questions)) < alone.questions == len(drawn)
+    apart = [replace(drawn[0], task=task, format=format) for task in (None, "a", "b") for format in ("prompts", "sst2")]
+    assert evaluate(model, model.tokenizer, apart, ("rank",)).questions == 6              # other tasks' rows of that number
 
 
 def test_without_choices_nothing_is_ranked():
