@@ -208,21 +208,21 @@ def test_a_file_gives_it_back_to_the_bit(kind, tmp_path):
     assert small.same_bits(tensors, tensors_again) and metadata == metadata_again
 
 
-@pytest.mark.parametrize("name", small.CONFIGS)
-def test_another_base_is_refused_unless_forced(name, tmp_path):
-    base = small.model(name)
+@pytest.mark.parametrize("name, slowed", [*((name, None) for name in small.CONFIGS), ("llama", (4.0, 1.0, 4.0, 16))])    # Llama 3.1's is a tuple
+def test_another_base_is_refused_unless_forced(name, slowed, tmp_path):
+    base = small.model(name, rotary_scaling=slowed)
     adapter = small.randomise(LoReFT(base))
     adapter.save(tmp_path / "a")
-    other = small.model(name, seed=1)
+    other = small.model(name, seed=1, rotary_scaling=slowed)
     with pytest.raises(ValueError, match="made for another base.*weights in embed.weight.*force=True"):
         load_adapter(other, tmp_path / "a")
     forced = load_adapter(other, tmp_path / "a", force=True)
     assert small.same_bits(small.bits(forced), small.bits(adapter))
     forced.save(tmp_path / "b")                                           # it remembers the base that it was made for
     assert load_adapter(base, tmp_path / "b").options == adapter.options
-    for changed in ({"layers": 4}, {"norm_eps": 1e-4}, {"rotary_base": 7.0}):
+    for changed in ({"layers": 4}, {"norm_eps": 1e-4}, {"rotary_base": 7.0}, {"rotary_scaling": (2.0, 1.0, 4.0, 16)}):
         with pytest.raises(ValueError, match=f"its base has {list(changed)[0]}"):
-            load_adapter(small.model(name, **changed), tmp_path / "a")
+            load_adapter(small.model(name, **{"rotary_scaling": slowed, **changed}), tmp_path / "a")
     with pytest.raises(ValueError, match="does not fit this model"):
         load_adapter(small.model(name, width=20, head_dim=4), tmp_path / "a", force=True)
 

@@ -172,7 +172,7 @@ def fingerprint(model: nn.Module) -> dict | None:
         flat = parameter.detach().flatten()
         at = torch.linspace(0, flat.numel() - 1, 4).long().tolist()
         samples[name] = [flat[i].item() for i in at]
-    return {"config": asdict(model.config), "weights": samples}
+    return {"config": json.loads(json.dumps(asdict(model.config))), "weights": samples}      # as a file gives it back: a tuple is a list
 
 
 def same_base(mine: dict | None, other: dict | None) -> str:
