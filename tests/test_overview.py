@@ -1,6 +1,6 @@
 """`minireft inspect` and `minireft merge`: what lies at a path, without its weights, and a base that has taken an adapter in.
 
-Run:  pytest tests/test_overview.py               # with -m peers transformers opens what was merged
+Run:  pytest tests/test_overview.py               # tests/test_peers_families.py has transformers open what was merged
 See:  the papers' counts on a 7B model that is nothing but a config.json; a merged base with its adapter's logits.
 """
 
@@ -99,23 +99,6 @@ def test_a_merged_base_computes_what_the_adapter_did(name, kind, tmp_path):
     got, tokenizer = minireft.load(tmp_path / "merged")
     assert (before - expected)[mask].abs().max() > 0.1
     assert (logits(got)[0] - expected)[mask].abs().max() < 2e-5 * expected.abs().max() and tokenizer.vocab_size == base.tokenizer.vocab_size
-
-
-@pytest.mark.peers
-@pytest.mark.parametrize("name, kind", MERGED)
-def test_transformers_opens_what_was_merged(name, kind, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    base, adapter = adapted(name, kind)
-    minireft.save(base, None, tmp_path / "base")
-    adapter.save(tmp_path / "adapter.safetensors")
-    merge(tmp_path / "base", tmp_path / "adapter.safetensors", tmp_path / "merged")
-    auto = {"roberta": "AutoModelForMaskedLM", "t5 1.1": "AutoModelForSeq2SeqLM"}.get(name, "AutoModelForCausalLM")
-    theirs = getattr(transformers, auto).from_pretrained(tmp_path / "merged").eval()
-    tokens, given = small.rows([7])[0][None], torch.tensor([[0, 5, 9]])
-    with torch.no_grad(), adapter:
-        expected = base(tokens, **(dict(decoder_tokens=given) if base.two else {}))
-        got = theirs(tokens, **(dict(decoder_input_ids=given) if base.two else {})).logits
-    assert (got - expected).abs().max() < 1e-5 * max(1, expected.abs().max())
 
 
 def test_what_cannot_be_merged_is_refused_and_nothing_written(tmp_path, capsys):

@@ -1,7 +1,8 @@
 """Every family of Hugging Face's beside transformers itself: random tiny weights, read and written.
 
 Run:  pytest -m peers tests/test_peers_families.py
-See:  logits within 1e-5 in fp32 with padding on both sides; greedy generation token for token; folders that transformers opens.
+See:  logits within 1e-5 in fp32 with padding on both sides; greedy generation token for token; folders that transformers opens,
+      those of a base that has taken an adapter in among them.
 """
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import minireft
 import small
+from minireft.formats.convert import merge
 from minireft.generation import generate_ids
 
 pytestmark = pytest.mark.peers
@@ -102,6 +104,22 @@ def test_greedy_generation_is_theirs_token_for_token(name, tmp_path):
         out = model.generate(row[real][None], attention_mask=torch.ones(1, int(real.sum()), dtype=torch.long), max_new_tokens=12, min_new_tokens=12,
                              do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=name not in BOTH)[0]
         assert out[-12:].tolist() == ids
+
+
+@pytest.mark.parametrize("kind", ("LoRA", "IA3"))
+@pytest.mark.parametrize("name", CLASSES)
+def test_they_open_what_was_merged_with_the_logits_of_the_adapter(name, kind, tmp_path):
+    theirs(name, tmp_path / "theirs")
+    mine, _ = minireft.load(tmp_path / "theirs")
+    adapter = small.randomise(minireft.LoRA(mine, rank=2, alpha=3, sites="all") if kind == "LoRA" else minireft.IA3(
+        mine, sites=("key", "value", "ffn", "query", "attention_output", "ffn_output"), layer_norm=True), std=0.1)
+    adapter.save(tmp_path / "adapter.safetensors")
+    merge(tmp_path / "theirs", tmp_path / "adapter.safetensors", tmp_path / "merged")
+    merged = getattr(transformers, CLASSES[name]).from_pretrained(tmp_path / "merged").eval()
+    for side in ("left", "right"):
+        assert compare(name, merged, mine, side) > 0.1, side              # the base alone
+        with adapter:
+            assert compare(name, merged, mine, side) <= 3 * TOLERANCE, side                # of logits up to 3; a merge rounds once more
 
 
 @pytest.mark.parametrize("name", ENCODERS)
