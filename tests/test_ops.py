@@ -508,6 +508,17 @@ def test_bad_input_is_named_before_anything_is_written(backend, name, changes, m
     assert all(torch.equal(arguments[n], t) for n, t in before.items())
 
 
+@pytest.mark.skipif(not ops.backends()["cpu"], reason="the kernels are not built")
+def test_of_kept_memory_the_last_given_back_serves_first():
+    """It may still be in cache; taken in turn, results would land in memory that is not."""
+    x, l = torch.randn(512, 1024), torch.randn(1024)                       # 2 MiB
+    first, last = ops.scale(x, l), ops.scale(x, l)
+    place = last.data_ptr()
+    del first, last
+    for _ in range(3):
+        assert ops.scale(x, l).data_ptr() == place
+
+
 def test_backends_are_forced_by_statement_and_by_context():
     assert set(ops.backends()) == {"cpu", "cuda", "emulator"}
     with ops.use("reference"):
