@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -91,6 +92,30 @@ def test_the_stream_moves_what_it_says():
         with harness.Counter() as count:
             run()
         assert made and count.launches <= 3 and count.peak <= 4
+
+
+@pytest.mark.skipif(not harness.native(), reason="no C++ compiler")
+@pytest.mark.parametrize("n", [0, 1, 15, 16, 17, 40, 1000])
+def test_the_ceilings_loops_do_all_of_their_work_and_no_more(n):
+    """A loop that left out its tail, or half of its additions, would be a ceiling that nothing can reach."""
+    numbers = torch.Generator().manual_seed(n)
+    a, b = (torch.randint(-2 ** 31, 2 ** 31, (n,), dtype=torch.int32, generator=numbers) for _ in range(2))
+    for name, sources, expected in (("clear", (), torch.zeros_like(a)), ("copy", (a,), a), ("sum", (a, b), a + b)):
+        out = harness.large_pages(n + 16, torch.int32).fill_(7)
+        getattr(harness.native(), name)(*(x.data_ptr() for x in sources), out.data_ptr(), n)
+        assert torch.equal(out[:n], expected) and out[n:].eq(7).all(), name
+    chains = (j * 0.5 ** n + 2 - 2 * 0.5 ** n for j in range(16))         # x → x / 2 + 1, n times from j on
+    assert harness.native().multiply_adds(n) == pytest.approx(sum(chains))
+
+
+def test_memory_for_the_ceiling_is_in_large_pages():
+    """Which Linux gives private memory alone ("sh" is shared), here where it was asked for ("hg")."""
+    x = harness.large_pages(1000, torch.bfloat16).fill_(1.0)
+    assert x.shape == (1000,) and x.data_ptr() % (2 << 20) == 0
+    if sys.platform == "linux":
+        areas = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) .*?^VmFlags: (.*?)$", Path("/proc/self/smaps").read_text(), re.S | re.M)
+        (flags,) = (flags.split() for begin, end, flags in areas if int(begin, 16) <= x.data_ptr() < int(end, 16))
+        assert "hg" in flags and "sh" not in flags
 
 
 def test_launches_and_memory_are_counted():
