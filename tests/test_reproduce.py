@@ -36,7 +36,7 @@ def toy(log, stop=None):
         log.append(name)
         return [f"{name} {i}" for i in range(count)]
     return engine.Claim("toy", "Better", "80.2", "Small.", (("one", "x"), ("two", "x")), {"a": (0.1, 0.3), "b": (0.1, 0.3, 0.9), "c": (0.0,)},
-                        measure, split, lambda found: report.compared(found, "a", ("b",)), reference="a")
+                        measure, split, lambda found: report.differences(found, "a less b", ("a", "b"), "not less"), reference="a")
 
 
 # ------------------------------------------------------------------------------------------- selection and the test items
@@ -142,9 +142,23 @@ def test_the_table_s_numbers_and_the_sentences():
     rows = {"a": [{"seed": s, "accuracy": x} for s, x in ((1, 0.5), (2, 0.7), (3, 0.9))], "b": [{"seed": s, "accuracy": x} for s, x in ((3, 0.8), (2, 0.5))]}
     mean, half, n = report.paired(rows, ("a", "b"), "accuracy")
     assert (round(mean, 9), n) == (0.15, 2) and half == pytest.approx(12.706 * 0.05)       # differences 0.2 and 0.1: std √2/20, over √2
-    assert report.differences({("base", "t"): rows, ("other", "t"): {"a": rows["a"]}}, "t", "it", ("a", "b")) == [
+    found = {("base", "t"): rows, ("other", "t"): {"a": rows["a"]}, ("base", "u"): rows}
+    assert [str(finding) for finding in report.differences(found, "it", ("a", "b"), "more", task="t")] == [
         "it (base, t): +0.150 ± 0.635 (2 seeds): no difference shown"]
+    assert report.differences(found, "it", ("a", "b"))[1] == ("it (base, u): +0.150 ± 0.635 (2 seeds): no difference shown", "")
     assert report.said(0.2, 0.1, 5).endswith("more") and report.said(-0.2, 0.1, 5).endswith("less")
+
+
+@pytest.mark.parametrize("mean, half, more, less, not_less, same", [
+    (0.2, 0.1, "as published", "against it", "as published", "against it"), (-0.2, 0.1, "against it", "as published", "against it", "against it"),
+    (0.0, 0.04, "not shown", "not shown", "as published", "as published"), (0.0, 0.2, "not shown", "not shown", "not shown", "not shown"),
+    (-0.03, 0.01, "against it", "as published", "as published", "as published"), (0.3, float("nan"), *["not shown"] * 4)])
+def test_a_judgement_follows_from_where_the_interval_lies(mean, half, more, less, not_less, same):
+    assert [report.judged(mean, half, e) for e in ("more", "less", "not less", "same")] == [more, less, not_less, same]
+    findings = [report.Finding("", report.judged(mean, half, e)) for e in ("more", "less", "not less", "same")] + [report.Finding("aside")]
+    count = report.summary(findings)
+    assert all(f"{[f.judgement for f in findings].count(name)} {name}" in count or not any(f.judgement == name for f in findings) for name in report.JUDGEMENTS)
+    assert report.summary(findings[-1:]) == "–"
 
 
 # --------------------------------------------------------------------------------------------------------- cells that train
@@ -229,6 +243,7 @@ def test_every_claim_says_what_was_published_and_what_would_tell():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1300)
 def test_quick_runs_everything(tmp_path):
     done = subprocess.run([sys.executable, "-m", "minireft", "reproduce", "--quick", "--out", str(tmp_path)], capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr

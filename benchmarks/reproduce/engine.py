@@ -55,7 +55,7 @@ class Claim:
     methods: dict[str, tuple]           # method → its grid; one value: nothing to select
     measure: Callable                   # (base, task, method, value, seed, items, scale) → {measure: number}
     split: Callable                     # (task, split name, count) → items to score on
-    verdict: Callable                   # found → sentences that follow from the numbers
+    verdict: Callable                   # found → findings: sentences that follow from the numbers, with or against the papers
     best: str = "accuracy"              # what selection looks at
     lower: bool = False                 # whether less of it is better
     reference: str = ""                 # the method that the others are paired with

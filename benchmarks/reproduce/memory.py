@@ -4,13 +4,15 @@ The program is benchmarks/memorise.py. With one fixed prompt the edit is one con
 what it can hold: rank is not varied. A seed is another text; there is nothing to select, the rate being part of memorise.py's search.
 """
 
+import statistics
+
 from benchmarks import memorise
 from minireft import load
 from minireft.data import encode_prompt
 from minireft.tasks.corpus import Corpus
 
 from .engine import Claim
-from .report import differences
+from .report import JUDGEMENTS, Finding, differences
 
 STEPS = 200
 METHODS = {"first layer": (0.0, 1), "a third": (1 / 3, 1), "19 of 32": (19 / 32, 1), "last layer": (1, 1), "first layer, three times the steps": (0.0, 3)}
@@ -35,10 +37,10 @@ def measure(base, task, method, value, seed, items, scale):
 
 
 def verdict(found):
-    lines = [f"{base}: {method} holds {m[0]:.1f} tokens on average" for (base, _), rows in found.items()
-             for method, runs in rows.items() for m in [(sum(run["tokens"] for run in runs) / len(runs),)]]
-    return lines + [line for base in dict.fromkeys(base for base, _ in found) for line in differences(
-        {key: rows for key, rows in found.items() if key[0] == base}, "texts", f"{base}: the first layer for the last", ("first layer", "last layer"), "tokens")]
+    """200 words are what the paper's text has at least."""
+    longest = [(statistics.mean(run["tokens"] for run in runs), base, method) for (base, _), rows in found.items() for method, runs in rows.items()]
+    return [Finding(f"{base}: {method} holds {mean:.1f} tokens on average", JUDGEMENTS[0 if mean >= 200 else 1] if mean == max(longest)[0] else "")
+            for mean, base, method in longest] + differences(found, "tokens with the first layer less those with the last", ("first layer", "last layer"), "", "tokens")
 
 
 CLAIM = Claim(

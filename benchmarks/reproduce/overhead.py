@@ -8,10 +8,12 @@ import statistics
 import torch
 
 from benchmarks import generation, harness, training
+from benchmarks.neftune import interval
 
 from .engine import Claim
 from .methods import METHODS as KNOWN
 from .methods import UNTRAINED
+from .report import Finding, judged
 
 METHODS = [name for name in KNOWN if name not in (*UNTRAINED, "full")]
 PARTS = {"step": "a training step", "prompt": "the prompt's pass", "decoding": "decoding"}
@@ -37,8 +39,14 @@ def measure(base, task, method, value, seed, items, scale):
 
 
 def verdict(found):
-    return [f"{method}: " + ", ".join(f"{statistics.median(c[part] for c in runs):.2f} × {name}" for part, name in PARTS.items())
-            for rows in found.values() for method, runs in rows.items()]
+    """Published is what decoding costs: edits of the prompt nothing, LoRA something."""
+    lines = []
+    for rows in found.values():
+        for method, runs in rows.items():
+            expected = {"LoReFT": "same", "DiReFT": "same"}.get(method, "more" if method.startswith("LoRA") else "")
+            over = judged(*interval([run["decoding"] - 1 for run in runs]), expected) if expected else ""
+            lines.append(Finding(f"{method}: " + ", ".join(f"{statistics.median(run[part] for run in runs):.2f} × {name}" for part, name in PARTS.items()), over))
+    return lines
 
 
 CLAIM = Claim(

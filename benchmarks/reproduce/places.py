@@ -22,11 +22,11 @@ def measure(base, task, method, value, seed, items, scale):
 
 def verdict(found):
     """What each of the four does, the others held."""
-    return [line for task in dict.fromkeys(task for _, task in found) for line in (
-        *differences(found, task, "more positions", ("r 4, f7+l7", "r 4, l1")), *differences(found, task, "a higher rank", ("r 8, f3+l3", "r 1, f3+l3")),
-        *differences(found, task, "all layers for the middle one", ("r 4, f3+l3", "middle layers, f3+l3")),
-        *differences(found, task, "untying prefix and suffix", ("untied, r 4, f3+l3", "r 4, f3+l3")),
-        *differences(found, task, "untying at equal parameters", ("untied, r 2, f3+l3", "r 4, f3+l3")))]
+    return [finding for what, pair, expected in (
+        ("more positions", ("r 4, f7+l7", "r 4, l1"), "more"), ("a higher rank", ("r 8, f3+l3", "r 1, f3+l3"), "same"),
+        ("all layers for the middle one", ("r 4, f3+l3", "middle layers, f3+l3"), "more"),
+        ("untying prefix and suffix", ("untied, r 4, f3+l3", "r 4, f3+l3"), "same"),
+        ("untying at equal parameters", ("untied, r 2, f3+l3", "r 4, f3+l3"), "same")) for finding in differences(found, what, pair, expected)]
 
 
 def draw(figure, claim, found):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
+from typing import NamedTuple
 
 from benchmarks.neftune import interval
 from minireft import files
@@ -16,6 +18,17 @@ from .engine import KEY, cells_of
 
 ASIDE = (*KEY, "cpu_seconds", "date", "torch", "diverged")               # of a cell, what is no measure
 Found = dict[tuple[str, str], dict[str, list[dict]]]                      # (base, task) → method → test cells by seed
+JUDGEMENTS, MARGIN = ("as published", "against it", "not shown"), 0.05
+
+
+class Finding(NamedTuple):
+    """A sentence from the numbers, and one of JUDGEMENTS where the papers say how it should be."""
+
+    text: str
+    judgement: str = ""
+
+    def __str__(self):
+        return self.text + (f", {self.judgement}" if self.judgement in JUDGEMENTS[:2] else "")        # the text says what is not shown
 
 
 def collect(claim, store, scale) -> Found:
@@ -40,15 +53,18 @@ def said(mean: float, half: float, n: int) -> str:
     return f"{mean:+.3f} ± {half:.3f} ({n} seeds): {word}"
 
 
-def differences(found: Found, task: str, what: str, pair: tuple[str, str], measure: str = "accuracy") -> list[str]:
-    """A sentence for each base on which both methods ran on the task."""
-    return [f"{what} ({base}, {task}): {said(*difference)}" for (base, of), rows in found.items()
-            if of == task and (difference := paired(rows, pair, measure))]
+def judged(mean: float, half: float, expected: str) -> str:
+    """Where the 95 % interval lies, against what the papers found: "more", "less", "not less" or "same"; the last two within MARGIN."""
+    low, high = mean - half, mean + half
+    holds = {"more": low > 0, "less": high < 0, "not less": low > -MARGIN, "same": -MARGIN < low and high < MARGIN}[expected]
+    broken = {"more": high < 0, "less": low > 0, "not less": high < 0, "same": low > 0 or high < 0}[expected]
+    return JUDGEMENTS[0 if holds else 1 if broken else 2]
 
 
-def compared(found: Found, mine: str, others) -> list[str]:
-    return [line for task in dict.fromkeys(task for _, task in found) for other in others
-            for line in differences(found, task, f"{mine} less {other}", (mine, other))]
+def differences(found: Found, what: str, pair: tuple[str, str], expected: str = "", measure: str = "accuracy", task: str = "") -> list[Finding]:
+    """A finding for each unit, or each of the task's, on which both methods ran; `expected`: what the papers found, if they say."""
+    return [Finding(f"{what} ({base}, {of}): {said(*difference)}", judged(*difference[:2], expected) if expected else "")
+            for (base, of), rows in found.items() if task in ("", of) and (difference := paired(rows, pair, measure))]
 
 
 # ---- pictures
@@ -123,6 +139,12 @@ def progress(claim, store, scale) -> tuple[int, int]:
             len(selecting) + len(claim.units) * len(claim.methods) * scale.seeds)
 
 
+def summary(findings: list[Finding]) -> str:
+    """How often it was as the papers found, of the comparisons that they speak of."""
+    count = Counter(finding.judgement for finding in findings if finding.judgement)
+    return ", ".join(f"{count[judgement]} {judgement}" for judgement in JUDGEMENTS if count[judgement]) or "–"
+
+
 def state(done: int, of: int) -> str:
     return "complete" if done == of else "not run" if done == 0 else f"partly: {done} of {of} cells"
 
@@ -135,7 +157,7 @@ def section(claim, store, scale, drawn: bool) -> list[str]:
                           for (base, task), rows in found.items())
         over = "on test items, over up to {} seeds that selection never saw" if selected else "over up to {} seeds, with nothing to select"
         lines += [f"**Found here** {over.format(scale.seeds)}: {units}.", "",
-                  *(f"- {line}" for line in claim.verdict(found)), "", *table(claim, found), "",
+                  *(f"- {finding}" for finding in claim.verdict(found)), "", *table(claim, found), "",
                   "± is half a 95 % interval over seeds, by Student's t; differences pair the seeds."
                   + (" The value was chosen on validation items; “(edge)”: it is the grid's first or last." if selected else ""), ""]
         lines += [f"![{claim.title}]({claim.name}.png)", ""] if drawn else []
@@ -160,16 +182,18 @@ def write(claims, store, scale) -> None:
             "Written by `minireft reproduce` from the cells beside this page; nothing here comes from a keyboard but the published figures and what may "
             "explain a difference. A claim that does not hold at this scale stands here as such.", "",
             f"Scale: {scale.name}; {scale.seeds} seeds, {scale.items} test items, {scale.validation} validation items. A sentence says “no difference shown” where the "
-            "paired 95 % interval holds 0; with this many comparisons some of those that do not will be chance.", "",
-            "| claim | state | CPU minutes so far |", "| --- | --- | --- |"]
+            "paired 95 % interval holds 0; with this many comparisons some of those that do not will be chance. Where the papers say which way a comparison "
+            f"should go, it is “as published” or “against it” if the interval decides, and “not shown” if not; that two are alike is decided within {MARGIN:g}.", "",
+            "| claim | here | state | CPU minutes |", "| --- | --- | --- | --- |"]
     sections = []
     for claim in claims:
         cells = store.found(claim, scale, "test") + store.found(claim, scale, "select")
-        page.append(f"| [{claim.name}](#{claim.name}) | {state(*progress(claim, store, scale))} | {sum(c['cpu_seconds'] for c in cells) / 60:.0f} |")
         found = collect(claim, store, scale)
+        findings = claim.verdict(found)
+        page.append(f"| [{claim.title}](#{claim.name}) | {summary(findings)} | {state(*progress(claim, store, scale))} | {sum(c['cpu_seconds'] for c in cells) / 60:.0f} |")
         sections += [f'<a id="{claim.name}"></a>', "", *section(claim, store, scale, picture(claim, found, store.folder / f"{claim.name}.png"))]
         files.write_text(store.folder / f"{claim.name}.json", json.dumps({
-            "claim": claim.name, "title": claim.title, "scale": vars(scale), "state": state(*progress(claim, store, scale)), "sentences": claim.verdict(found) if found else [],
+            "claim": claim.name, "title": claim.title, "scale": vars(scale), "state": state(*progress(claim, store, scale)), "findings": [finding._asdict() for finding in findings],
             "found": [{"base": base, "task": task, "method": method, "value": runs[0]["value"], "seeds": [c["seed"] for c in runs],
                        **{name: [c[name] for c in runs] for name in runs[0] if name not in ASIDE}}
                       for (base, task), rows in found.items() for method, runs in rows.items()]}, indent=1, ensure_ascii=False) + "\n")

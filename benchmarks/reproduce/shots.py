@@ -40,10 +40,10 @@ def items(task: str, split: str, count: int) -> list:
 
 
 def verdict(found):
-    return [line for task in few_shot.names() for what, pair in (
+    return [finding for what, pair in (
         ("all three losses over the prompt", ("all three", "in the prompt")), ("L_UL beside L_LM", ("L_LM + L_UL", "L_LM")),
         ("L_LN beside L_LM", ("L_LM + L_LN", "L_LM")), ("pre-trained vectors", ("all three, pre-trained", "all three")))
-        for line in differences(found, task, what, pair)]
+        for finding in differences(found, what, pair, "more")]
 
 
 CLAIM = Claim(
