@@ -110,7 +110,10 @@ def dots(figure, claim, found: Found) -> None:
 def panels(figure, count: int) -> list:
     columns = min(3, count)
     figure.set_size_inches(5.2 * columns, 4.2 * -(-count // columns))
-    return list(figure.subplots(-(-count // columns), columns, squeeze=False).flat)
+    every = list(figure.subplots(-(-count // columns), columns, squeeze=False).flat)
+    for spare in every[count:]:
+        spare.remove()
+    return every[:count]
 
 
 # ---- the page
