@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
@@ -107,6 +108,7 @@ def doctor(args) -> None:
 def pretrain(args) -> None:
     """Trains a base from nothing."""
     from .pretraining import pretrain
+    signal.signal(signal.SIGTERM, signal.default_int_handler)             # a polite kill is a Ctrl-C: nothing half-made stays behind
     report = pretrain(args.out, quick=args.quick, seed=args.seed, processes=args.processes, progress=progress(args), arch=args.arch)
     for name, score in report["gates"].items():
         print(f"{name:24} {score:.3f}")

@@ -150,6 +150,7 @@ def _together(work, processes: int, *arguments) -> None:
     finally:
         for process in team.processes:
             process.kill()
+            process.join()                                                # what it wrote to can be removed now
 
 
 def _member(rank: int, work, *arguments) -> None:

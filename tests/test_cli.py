@@ -148,6 +148,17 @@ def test_an_interrupted_run_says_how_to_resume_and_ends_in_the_same_bits(tiny_ba
     assert steps == list(range(400))                                      # no step missing, none twice
 
 
+def test_a_pretraining_that_is_asked_to_end_leaves_nothing_behind(tmp_path):
+    out = tmp_path / "place"
+    out.mkdir()
+    asked = subprocess.Popen(command("pretrain", "--quick", "--quiet", out / "base"), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    while not list(out.glob(".base-*/meeting")) and asked.poll() is None:                  # its processes are at work
+        time.sleep(0.02)
+    asked.terminate()
+    _, said = asked.communicate(timeout=60)
+    assert asked.returncode == 130 and said == "minireft: interrupted\n" and list(out.iterdir()) == []
+
+
 def test_a_finished_run_is_not_overwritten_and_another_run_not_resumed(tiny_base, tmp_path, refused):
     settings = [*TUNE, "--base", tiny_base, "--steps", 3, "--out", tmp_path / "run"]
     assert main([*map(str, settings)]) == 0
