@@ -199,6 +199,15 @@ def test_the_splits_of_what_is_made_here_do_not_meet():
     assert words.completion == " ".join(words.prompt.split()[:-1][::-1]) + " ."
 
 
+@pytest.mark.skipif(not methods.STORIES.is_file(), reason="needs the public data (MINIREFT_DATA): stories260K and TinyStories")
+def test_a_real_model_s_stories_are_scored_by_whether_somebody_speaks():
+    splits = {split: [e.prompt for e in methods.examples("speech", split)] for split in ("train", "validation", "test")}
+    assert not set(splits["validation"]) & set(splits["test"]) and not set(splits["train"]) & set(splits["test"]) and len(splits["test"]) == 200
+    assert not any('"' in prompt for split in splits.values() for prompt in split)
+    found = methods.score("stories260K", "speech", "frozen", 0.0, 0, methods.examples("speech", "validation", 24), TINY)
+    assert 0 < found["accuracy"] < 1 and found["parameters"] == 0
+
+
 def test_truth_is_of_whoever_was_asked_about_and_said_once():
     examples = noise.open_ended("validation", 40)
     assert all(noise.truth(e.prompt, e.completion) == 1 for e in examples)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 import minireft
+from benchmarks import stories
 from minireft import IA3, RED, Bottleneck, DiReFT, DoRA, LoRA, LoReFT, PrefixTuning, PromptTuning, TrainConfig, tasks
 from minireft.data import Example, encode_prompt, order
 from minireft.generation import generate_ids
@@ -24,6 +25,7 @@ from minireft.tasks.world import CONTENT
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SISTER = ROOT / "runs" / "sister"       # pre-trained with another seed, and smaller: `minireft pretrain --quick --seed 1`
+STORIES = stories.DATA / "stories260K" / "stories260K.bin"                # a real one, where the public data is
 RATES = (5e-4, 3e-3, 1.5e-2, 7e-2)
 METHODS = {                             # method → what stands on the model
     "frozen": lambda m: [],
@@ -42,14 +44,17 @@ METHODS = {                             # method → what stands on the model
     "adapter, parallel": lambda m: [Bottleneck(m, width=4, form="parallel")],
     "full": lambda m: []}
 UNTRAINED = ("frozen", "in context")
-TRAINED = {"steering": (32, 100)}       # task → (training examples, steps); others (600, 150)
+TRAINED = {"steering": (32, 100), "speech": (256, 60)}                   # task → (training examples, steps); others (600, 150)
+WORDS = 40                              # tokens that a story goes on for
 
 
 # ---- bases and tasks
 
 def folder(base: str, scale):
     """Where it lies; the sister of a quick run, which knows nothing, apart from the real one."""
-    return "base" if base == "shipped" else SISTER if scale.share == 1 else SISTER.with_name(f"sister-{scale.name}")
+    if base == "sister":
+        return SISTER if scale.share == 1 else SISTER.with_name(f"sister-{scale.name}")
+    return {"shipped": "base", "stories260K": STORIES}[base]
 
 
 @functools.lru_cache(maxsize=1)
@@ -82,26 +87,43 @@ def steering(split: str, count: int) -> list[Example]:
     return found
 
 
-def examples(task: str, split: str, count: int) -> list[Example]:
-    return steering(split, count) if task == "steering" else tasks.load(task, split, count)
+@functools.lru_cache
+def speech() -> dict[str, list[Example]]:
+    """Let somebody speak: to train, beginnings of stories and the next sentence, in which somebody does; to score, beginnings."""
+    found = stories.speech()
+    test = {e.prompt for e in found["test"]}                              # some stories begin alike
+    train, validation = ([e for e in part if e.prompt not in test] for part in (found["train"] + found["validation"], found["more"]))
+    return {"train": train, "validation": validation, "test": found["test"]}
+
+
+def examples(task: str, split: str, count: int | None = None) -> list[Example]:
+    """The first `count` of a split."""
+    if task == "steering":
+        return steering(split, count or 2000)
+    return speech()[split][:count] if task == "speech" else tasks.load(task, split, count)
 
 
 def training_set(task: str, seed: int, count: int) -> list[Example]:
     """`count` training examples, another draw for another seed."""
-    every = steering("train", 2000) if task == "steering" else tasks.load(task, "train")
+    every = examples(task, "train")
     return [every[i] for i in order(len(every), seed, 0, count)]
 
 
 # ---- one cell
 
 def accuracy(model, tokenizer, task: str, asked: list[Example], originals: list[Example]) -> float:
-    """The share of right answers, written greedily: exactly the completion, or an instruction obeyed."""
-    longest = max(len(tokenizer.encode(e.completion)) for e in originals) + 6
+    """The share of right answers, written greedily: exactly the completion, or an instruction obeyed, or somebody speaks."""
+    longest = longest_answer(task, tokenizer, originals)
     prompts, written = [encode_prompt(tokenizer, e.prompt, model.config.context - 1) for e in asked], []
     for first in range(0, len(prompts), 64):
         written += generate_ids(model, prompts[first : first + 64], longest, tokenizer.eos_id)
-    right = [tasks.check(task, e, tokenizer.decode(ids)) for e, ids in zip(originals, written)]
+    texts = [tokenizer.decode(ids) for ids in written]
+    right = ['"' in text if task == "speech" else tasks.check(task, e, text) for e, text in zip(originals, texts)]
     return sum(right) / len(right)
+
+
+def longest_answer(task: str, tokenizer, items: list[Example]) -> int:
+    return WORDS if task == "speech" else max(len(tokenizer.encode(e.completion)) for e in items) + 6
 
 
 def score(base: str, task: str, method: str, lr: float, seed: int, items: list, scale, make=None) -> dict:
@@ -115,7 +137,8 @@ def score(base: str, task: str, method: str, lr: float, seed: int, items: list, 
     prepared = virtual.examples if virtual else list
     asked = items
     if method == "in context":                                            # as many as fit, with room for an answer that is too long
-        asked = [few_shot.in_context(replace(e, choices=(e.completion,)), train, tokenizer, model.config.context - 6) for e in items]
+        room = model.config.context - (WORDS if task == "speech" else 6)
+        asked = [few_shot.in_context(replace(e, choices=(e.completion,)), train, tokenizer, room) for e in items]
     diverged = False
     if method not in UNTRAINED:
         config = TrainConfig(steps=scale.steps(steps), lr=lr, seed=seed, full=method == "full")
