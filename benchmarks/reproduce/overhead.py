@@ -17,7 +17,7 @@ from .report import Finding, judged
 
 METHODS = [name for name in KNOWN if name not in (*UNTRAINED, "full")]
 PARTS = {"step": "a training step", "prompt": "the prompt's pass", "decoding": "decoding"}
-SECONDS, B, T = 3, 4, 64
+SECONDS, B, T = 1.5, 4, 64
 
 
 def measure(base, task, method, value, seed, items, scale):
