@@ -70,13 +70,11 @@ class Positions:
             slot = torch.where(slot < 0, slot + n, slot)                  # (B, P) from the end: 0 ... n − 1 where it exists
             once = (slot[:, :, None] == slot[:, None, :]).tril(-1).any(2)                  # 0 and −1 of a prompt of one token
             return torch.where((slot >= 0) & (slot < n) & ~once, start + slot, -1)         # (B, P)
-        first = (n - self.last).maximum(n // 2).clamp(max=self.first)     # (B, 1) p'
-        last = (n - first).clamp(max=self.last)                           # (B, 1) s'
-        slot = torch.arange(self.first, device=n.device)                  # (p,)
-        prefix = torch.where(slot < first, start + slot, -1)              # (B, p)
-        slot = torch.arange(self.last, device=n.device)                   # (s,)
-        suffix = torch.where(slot < last, start + n - last + slot, -1)    # (B, s)
-        return torch.cat((prefix, suffix), dim=1)                         # (B, P)
+        slot = torch.arange(self.first + self.last, device=n.device)      # (P,)
+        prefix = slot < self.first                                        # (P,) the rest counts from the prompt's end
+        token = torch.where(prefix, slot, slot - len(slot) + n)           # (B, P)
+        border = (n - self.last).maximum(n // 2).clamp(max=self.first)    # (B, 1) p', where the suffix may begin
+        return torch.where((token < border) == prefix, start + token, -1)                  # (B, P)
 
     def may_meet(self, other: Positions) -> bool:
         """Whether some prompt exists in which both name one token."""
