@@ -1,7 +1,7 @@
 """Claim 1, parameter efficiency: fifteen methods on four families, on steering and on a real model's stories, accuracy against trainable parameters."""
 
 from .engine import Claim
-from .methods import METHODS, RATES, STORIES, UNTRAINED, examples, score
+from .methods import METHODS, RATES, UNTRAINED, examples, score
 from .report import against_parameters, differences
 
 
@@ -21,6 +21,6 @@ CLAIM = Claim(
     "as large bases mostly have; where it must learn to compute, edits of the prompt should do worse, as in the paper's arithmetic. The "
     "experiment that would tell: the same grid on a base of some hundred million parameters, with ranks from 1 up.",
     (("shipped", "steering"), ("sister", "steering"), ("shipped", "facts"), ("shipped", "arithmetic"), ("shipped", "instructions"),
-     ("shipped", "mood"), ("sister", "facts"), *([("stories260K", "speech")] if STORIES.is_file() else [])),
+     ("shipped", "mood"), ("sister", "facts"), ("stories260K", "speech")),
     {method: (0.0,) if method in UNTRAINED else RATES for method in METHODS},
     score, examples, verdict, reference="LoReFT", draw=against_parameters)

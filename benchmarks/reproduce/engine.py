@@ -164,7 +164,7 @@ def run_cells(claim: Claim, cells: list[dict], items: list, scale: Scale, store:
 
 def run_claim(claim: Claim, store: Store, scale: Scale, workers: int = 1, until: float = float("inf"), quiet: bool = True, units=None) -> None:
     """All units, or those given, each from selection to test, as far as the time goes."""
-    for base, task in units or claim.units:
+    for base, task in claim.units if units is None else units:
         selecting = cells_of(claim, base, task, scale, "select")
         items = claim.split(task, "validation", scale.validation) if store.missing(selecting) else []
         if not run_cells(claim, selecting, items, scale, store, workers, until, quiet):

@@ -48,5 +48,5 @@ CLAIM = Claim(
     "LLaMA 7B, LoReFT r 1 after layer 19 of 32, last prompt position, `GO->`: a text of a few hundred words comes back in full.",
     "A constant vector of C numbers can hold at most some bits for each of them, and the rest of the model must be able to unroll it: a base of width 128 "
     "that never wrote long texts can not. The experiment that would tell: longest prefix against width on one family of models.",
-    tuple((name, "texts") for name, (path, *_) in memorise.MODELS.items() if path == "base" or path.is_file()),
+    tuple((name, "texts") for name in memorise.MODELS),
     {method: (0.0,) for method in METHODS}, measure, lambda task, split, count: [], verdict, best="tokens", reference="first layer")

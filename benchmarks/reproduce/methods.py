@@ -71,6 +71,11 @@ def fresh(base: str, scale):
     return model, tokenizer
 
 
+def absent(base: str) -> bool:
+    """Whether it needs the public data and that is not here."""
+    return base == "stories260K" and not STORIES.is_file()
+
+
 def ensure(base: str, scale) -> None:
     """Pre-trains the sister where it is not there yet: some minutes."""
     if base == "sister" and not folder(base, scale).exists():

@@ -47,6 +47,9 @@ def main(argv=None) -> int:
         if not units:
             print(f"minireft: {name} has no unit {args.unit!r}: choose from {', '.join('/'.join(unit) for unit in claim.units)}", file=sys.stderr)
             return 2
+        if without := [unit for unit in units if methods.absent(unit[0])]:
+            print(f"{name}: {', '.join('/'.join(unit) for unit in without)} left out: there is no {methods.STORIES}, of the public data (MINIREFT_DATA)")
+            units = [unit for unit in units if unit not in without]
         for base in dict.fromkeys(base for base, _ in units):
             if time.time() <= until:
                 methods.ensure(base, scale)
