@@ -1,6 +1,7 @@
 // l ⊙ x, l ⊙ gelu(x) and l ⊙ silu(x) ⊙ up on the CPU, forward and backward: (IA)³ and the activation before it.
 // One pass over memory; backward recomputes the activation. The sums for dl stay in cache, one row of them per piece of rows.
-// You should see at least twice the speed of the eager expression, which passes over memory once per operation.
+// You should see at least twice the speed of the eager expression, which passes over memory once per operation; l ⊙ x alone is one
+// pass for both, and no slower here than there but for 2 µs of a call.
 #include <algorithm>
 #include <vector>
 
