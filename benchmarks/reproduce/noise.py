@@ -89,14 +89,14 @@ def measure(base, task, method, value, seed, items, scale):
 
 
 def verdict(found):
-    """The papers speak of uniform noise; what the controls do beside it is for the reader to compare."""
+    """What the papers say of uniform noise, and what tells it from the other kinds of noise and of regularisation."""
     lines = []
     for what, name, expected in (("training loss", "train loss", "more"), ("loss on the test items", "loss", "less"), ("overlap with training answers", "ROUGE-L", "less"),
                                  ("length of answers, in words,", "length", "more"), ("repetition of 2-grams", "repetition", "same"), ("share of true statements", "truth", "more")):
-        for arm in list(ARMS)[1:]:
-            lines += differences(found, f"{what} with {arm}", (arm, "nothing"), expected if arm == "uniform noise" else "", name)
+        lines += differences(found, f"{what} with uniform noise", ("uniform noise", "nothing"), expected, name)
     for other in list(ARMS)[2:]:
         lines += differences(found, f"loss on the test items with uniform noise less that with {other}", ("uniform noise", other), "less", "loss")
+        lines += differences(found, f"length of answers with uniform noise less that with {other}", ("uniform noise", other), "", "length")
     return lines
 
 
@@ -105,6 +105,7 @@ CLAIM = Claim(
     "LLaMA-2 7B on Alpaca, judged by GPT-4: 29.79 → 64.69 with α = 5; overlap with training answers (ROUGE-L, BLEU) down; 375 → 1062 characters with "
     "2-gram repetition 1.49 → 1.72 %; forced length alone 38.58 where NEFTune gets 61.99; uniform noise beats Gaussian.",
     "No judge prefers one true answer to another here; what is measured is truth, length and overlap. Answers are sets of statements of a closed world, "
-    "so there is little style to overfit to. The experiment that would tell: human or judged preferences at a scale where both are fluent.",
+    "so it is 192 examples that all the weights overfit to, and hardly their style; against that, dropout or stopping early help the test loss as much. Only noise "
+    "makes answers longer, with more repetition. The experiment that would tell: human or judged preferences at a scale where both are fluent.",
     (("shipped", "open-ended"), ("sister", "open-ended")), {name: grid for name, (grid, _) in ARMS.items()}, measure,
     lambda task, split, count: open_ended(split, count), verdict, best="loss", lower=True, reference="nothing")
