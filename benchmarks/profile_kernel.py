@@ -42,25 +42,27 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def low_rank_edit(emulator: Emulator, a, positions: bool = False):
-    """All rows of (1, N, C); or at --P positions in each of N / P sequences, saving edited rows as training does."""
+    """All rows of (1, N, C); or at --P positions in each of N / P sequences, saving edited rows as training does, and with
+    --tasks K the sequences take K banks of weights in turn."""
     B, P = (math.ceil(a.N / a.P), a.P) if positions else (1, a.N)
     T = 4 * P if positions else P
     N = B * P
     h, g = (torch.randn(B, T, a.C).to(a.dtype) for _ in range(2))  # (B, T, C)
-    down, up = ((torch.randn(a.r, a.C) / a.C**0.5).to(a.weight_dtype) for _ in range(2))  # (r, C)
-    bias = torch.randn(a.r).to(a.weight_dtype)
+    banks = [a.tasks] if a.tasks else []
+    down, up = ((torch.randn(*banks, a.r, a.C) / a.C**0.5).to(a.weight_dtype) for _ in range(2))  # (r, C) or (K, r, C)
+    bias = torch.randn(*banks, a.r).to(a.weight_dtype)
+    tasks = torch.arange(B) % a.tasks if a.tasks else None  # (B,)
     where = torch.stack([torch.randperm(T)[:P] for _ in range(B)]) if positions else None  # (B, P)
-    U, weights = N * a.C * h.element_size(), (2 * a.r * a.C + a.r) * down.element_size()
-    extra = N * a.r * 4 + positions * N * 8  # δ, positions
+    gradients, K = down.nbytes + up.nbytes + bias.nbytes, max(a.tasks, 1)
+    weights = (gradients - a.backward * bias.nbytes) // K * min(K, B)  # of the banks that some sequence takes
+    U, extra = N * a.C * h.element_size(), N * a.r * 4 + positions * N * 8 + (a.tasks > 0) * B * 8  # δ, positions, tasks
     if not a.backward:
         out = h.clone()
-        return (lambda: emulator.low_rank_edit(h, down, up, bias, where, out=out)), (
-            2 + positions
-        ) * U + weights + extra
-    _, delta, rows = emulator.low_rank_edit(h, down, up, bias, where)
+        return (lambda: emulator.low_rank_edit(h, down, up, bias, where, tasks, out)), (2 + positions) * U + weights + extra
+    _, delta, rows = emulator.low_rank_edit(h, down, up, bias, where, tasks)
     return (
-        (lambda: emulator.low_rank_edit_backward(g, None if positions else h, rows, delta, down, up, where)),
-        3 * U + 2 * weights - bias.nbytes + extra,
+        (lambda: emulator.low_rank_edit_backward(g, None if positions else h, rows, delta, down, up, where, tasks)),
+        3 * U + gradients + weights + extra,
     )
 
 
@@ -109,20 +111,21 @@ def profile(
     backward: bool = False,
     P: int = 14,
     V: int = 32000,
+    tasks: int = 0,
     emulator: Emulator | None = None,
     gpus: dict = GPUS,
 ) -> dict:
     """Run one kernel in the emulator, once for each size of L2 in `gpus`, and add up what it did."""
     torch.manual_seed(0)
     a = argparse.Namespace(
-        N=N, C=C, r=r, P=P, V=V, dtype=DTYPES[dtype], weight_dtype=DTYPES[weights], backward=backward
+        N=N, C=C, r=r, P=P, V=V, tasks=tasks, dtype=DTYPES[dtype], weight_dtype=DTYPES[weights], backward=backward
     )
     emulator = emulator or Emulator()
     run, least = KERNELS[kernel](emulator, a)
     by_l2 = {
         l2: _summary(_count(emulator, run, l2), least) for l2 in {SMALLEST_L2, *(g["l2"] << 20 for g in gpus.values())}
     }
-    result = dict(kernel=kernel, N=N, C=C, r=r, dtype=dtype, weights=weights, backward=backward, **by_l2[SMALLEST_L2])
+    result = dict(kernel=kernel, N=N, C=C, r=r, tasks=tasks, dtype=dtype, weights=weights, backward=backward, **by_l2[SMALLEST_L2])
     result["predicted_us"] = {name: predict(by_l2[gpu["l2"] << 20], gpu) for name, gpu in gpus.items()}
     return result
 
@@ -174,7 +177,7 @@ def predict(counts: dict, gpu: dict) -> dict:
 def show(p: dict) -> None:
     print(
         f"{p['kernel']}{' backward' * p['backward']}, N {p['N']}, C {p['C']}, r {p['r']}, {p['dtype']}, "
-        f"parameters {p['weights']}; "
+        f"parameters {p['weights']}{', tasks ' + str(p['tasks']) if p['tasks'] else ''}; "
         f"counted in the emulator, L2 of {SMALLEST_L2 >> 20} MB"
     )
     print(f"  bytes          {p['bytes']:>12,}   {p['bytes'] / p['least_bytes']:.3f} × the least, {p['least_bytes']:,}")
@@ -238,6 +241,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--P", type=int, default=14, help="positions in a sequence, for low_rank_edit_at (default %(default)s)"
     )
+    parser.add_argument(
+        "--tasks", type=int, default=0, help="banks that the sequences take in turn, for low_rank_edit_at (default: no banks)"
+    )
     parser.add_argument("--V", type=int, default=32000, help="vocabulary, for noisy_embedding (default %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the activations (default %(default)s)")
     parser.add_argument("--weights", choices=DTYPES, help="of the parameters: fp32 (default) or the activations'")
@@ -251,7 +257,9 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("N", "C", "r", "P", "V"):
         if getattr(a, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(a, name)}")
-    result = profile(a.kernel, a.N, a.C, a.r, a.dtype, weights, a.backward, a.P, a.V)
+    if a.tasks < 0 or a.tasks and a.kernel != "low_rank_edit_at":
+        parser.error(f"--tasks is a number of banks, from 0, for low_rank_edit_at; got {a.tasks} for {a.kernel}")
+    result = profile(a.kernel, a.N, a.C, a.r, a.dtype, weights, a.backward, a.P, a.V, a.tasks)
     if a.json:
         print(json.dumps(result, indent=1))
         return
