@@ -70,7 +70,7 @@ def rows(B, T, C, dtype, pad=0):
 @check
 def edit_all(emulator):
     for dtype, w in PAIRS:
-        for B, T, C, r in [(2, 5, 64, 4), (1, 7, 33, 3), (2, 9, 520, 9), (1, 45, 72, 16), (2, 35, 136, 70), *WIDE]:
+        for B, T, C, r in [(2, 5, 64, 4), (1, 7, 33, 3), (2, 9, 520, 9), (1, 49, 72, 16), (2, 35, 136, 70), *WIDE]:
             h, g, (D, A, b) = rows(B, T, C, dtype), rows(B, T, C, dtype), weights(C, r, w)
             out, delta, _ = emulator.low_rank_edit(h, D, A, b)
             same(out, edit, dtype, h, D, A, b, what=f"edit {B, T, C, r}")
@@ -227,7 +227,7 @@ def edit_banks(emulator):
     K, positions = 3, torch.tensor([[0, 3, 2], [4, -1, 1], [1, 2, 0]])
     for dtype, w in PAIRS:
         for tasks in (torch.tensor([2, -1, 0]), torch.tensor([[0, 1, 2], [-1, 0, 2], [1, -1, 1]])):
-            for C, r in [(64, 4), (33, 17)]:
+            for C, r in [(64, 4), (33, 17), (72, 17)]:
                 h, g, banks = rows(3, 5, C, dtype), rows(3, 5, C, dtype), weights(C, r, w, K)
                 out, delta, saved = emulator.low_rank_edit(h, *banks, positions, tasks)
                 same(
@@ -248,11 +248,48 @@ def edit_banks(emulator):
                     *banks,
                     what=f"banks backward {C, r}",
                 )
-    h, banks = rows(3, 5, 64, F32), weights(64, 4, F32, K)
-    out, _, _ = emulator.low_rank_edit(h, *banks, positions, torch.tensor([3, 0, 1]))
-    assert out[0, positions[0]].isnan().all() and not out[1:].isnan().any(), (
-        "a task that names no bank must make NaN of its rows alone"
-    )
+    for dtype, r in [(F32, 4), (BF16, 16)]:
+        h, banks = rows(3, 5, 64, dtype), weights(64, r, F32, K)
+        for tasks in (torch.tensor([3, 0, 1]), torch.tensor([[2, 3, 1], [0, 0, 1], [2, 1, 2]])):
+            out, _, _ = emulator.low_rank_edit(h, *banks, positions, tasks)
+            lost = torch.zeros(3, 5, dtype=torch.bool)
+            lost[0, positions[0] if tasks.dim() == 1 else 3] = True
+            assert torch.equal(out.isnan().any(-1), lost) and out[lost].isnan().all(), (
+                "a task that names no bank must make NaN of its rows alone"
+            )
+
+
+@check
+def edit_banks_long(emulator):
+    """Batch rows that are longer than a tile and end within one, and a chunk that ends within a batch row."""
+    B, T, P, K = 3, 40, 37, 3
+    positions = torch.stack([torch.randperm(T)[:P] for _ in range(B)])
+    positions[1, 5:24] = -1
+    for dtype, r in [(F32, 4), (BF16, 16)]:
+        for tasks in (torch.tensor([2, 0, -1]), torch.randint(-1, K, (B, P)), torch.arange(P).expand(B, P) // 18):
+            h, g, banks = rows(B, T, 64, dtype), rows(B, T, 64, dtype), weights(64, r, F32, K)
+            out, delta, saved = emulator.low_rank_edit(h, *banks, positions, tasks)
+            same(
+                out,
+                lambda h, *banks: reference.low_rank_edit_at(h, positions, *banks, tasks),
+                dtype,
+                h,
+                *banks,
+                what=f"long banks {r}",
+            )
+            left = (positions < 0) | ((tasks[:, None] if tasks.dim() == 1 else tasks) < 0)
+            assert (delta.view(B, P, r)[left] == 0).all(), "δ of rows that are not edited must be 0"
+            with emulator.counting(96 << 10):
+                gradients = emulator.low_rank_edit_backward(g, None, saved, delta, *banks[:2], positions, tasks)
+            same(
+                gradients,
+                lambda g, h, *banks: reference.low_rank_edit_at_backward(g, h, positions, *banks, tasks),
+                dtype,
+                g,
+                h,
+                *banks,
+                what=f"long banks backward {r}",
+            )
 
 
 @check

@@ -18,10 +18,8 @@ const char* too_large(const Edit& e) {
   return nullptr;
 }
 
-// Tensor cores serve half precision from rank 16 on, where one bank serves all rows.
-bool by_mma(const Edit& e) {
-  return e.dtype != Dtype::f32 && e.r >= 16 && e.r <= MMA_MAX && !e.tasks.data && has_mma();
-}
+// Tensor cores serve half precision from rank 16 on.
+bool by_mma(const Edit& e) { return e.dtype != Dtype::f32 && e.r >= 16 && e.r <= MMA_MAX && has_mma(); }
 
 template <class T, class W>
 const char* launch_rows(const Rows& a, void* stream) {
@@ -31,18 +29,14 @@ const char* launch_rows(const Rows& a, void* stream) {
                        aligned(a.second) && aligned(a.copy);
   if constexpr (sizeof(T) == 2) {
     if (vectors && by_mma(a.e)) {
-      const dim3 grid(ceil_div(a.end - a.begin, MMA_ROWS));
       const size_t shared = ceil_div(a.e.r, MMA_RANKS) * MMA_RANKS * MMA_ROWS * sizeof(float);
-      return LAUNCH((edit_rows_mma<T, W>), grid, THREADS, shared, stream, a);
+      return LAUNCH((edit_rows_mma<T, W>), grid_of(a, MMA_ROWS), THREADS, shared, stream, a);
     }
   }
-  const int rows = vectors && !a.e.tasks.data ? 4 : 1, wide = vectors ? fast<T> : 1;
-  const int threads = smaller(THREADS, ceil_div(ceil_div(C, wide), 32) * 32);
-  const dim3 grid(ceil_div(a.end - a.begin, rows));
+  const int rows = vectors ? 4 : 1, threads = smaller(THREADS, ceil_div(ceil_div(C, vectors ? fast<T> : 1), 32) * 32);
   const size_t shared = rows * a.e.r * sizeof(float);
-  if (rows == 4) return LAUNCH((edit_rows<T, W, fast<T>, 4>), grid, threads, shared, stream, a);
-  if (vectors) return LAUNCH((edit_rows<T, W, fast<T>, 1>), grid, threads, shared, stream, a);
-  return LAUNCH((edit_rows<T, W, 1, 1>), grid, threads, shared, stream, a);
+  if (vectors) return LAUNCH((edit_rows<T, W, fast<T>, 4>), grid_of(a, 4), threads, shared, stream, a);
+  return LAUNCH((edit_rows<T, W, 1, 1>), grid_of(a, 1), threads, shared, stream, a);
 }
 
 template <class T, class O>
@@ -52,7 +46,7 @@ const char* launch_products(const Products& a, int splits, void* stream) {
                        aligned(a.out[0]) && aligned(a.out[1]);
   if constexpr (sizeof(T) == 2) {
     if (vectors && by_mma(a.e)) {
-      const dim3 grid(ceil_div(C, 64) * ceil_div(a.e.r, SUM_RANKS), splits, 3);
+      const dim3 grid(ceil_div(C, 64) * ceil_div(a.e.r, SUM_RANKS), splits, 3 * a.e.K);
       return LAUNCH((sum_products_mma<T, O>), grid, THREADS, 0, stream, a);
     }
   }

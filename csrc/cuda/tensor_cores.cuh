@@ -78,7 +78,8 @@ DEVICE void add_warps(float* sums, const float (&mine)[UNITS][4]) {
 }
 
 // edit_rows for 32 rows: δ (32, r) = x Pᵀ by the warps on different columns, then x + δ Q by the warps on different
-// columns. With g = lane / 4 and t = lane % 4 a lane holds rows g, g + 8, g + 16 and g + 24. No tasks.
+// columns. With g = lane / 4 and t = lane % 4 a lane holds rows g, g + 8, g + 16 and g + 24. Of a tile of at most 16
+// rows, such as a batch row's 14, the upper half is left out.
 template <class T, class W>
 __global__ void __launch_bounds__(THREADS, 1) edit_rows_mma(Rows a) {
   constexpr bool exact = std::is_same<T, W>::value;  // P and Q are halves already
@@ -86,11 +87,14 @@ __global__ void __launch_bounds__(THREADS, 1) edit_rows_mma(Rows a) {
   SHARED(int64_t, batch, MMA_ROWS);
   SHARED(int64_t, banks, MMA_ROWS);
   SHARED_DYNAMIC(float, factors, (a.e.r + MMA_RANKS - 1) / MMA_RANKS * MMA_ROWS * MMA_RANKS);
-  const int64_t C = a.e.C, n = a.begin + int64_t(blockIdx.x) * MMA_ROWS;
+  const Tile here = locate<MMA_ROWS>(a, tokens, batch, banks);
+  if (here.bank == a.e.K && blockIdx.y > 0) return;
+  const int64_t C = a.e.C, n = here.n, bank = here.bank < 0 || here.bank == a.e.K ? 0 : here.bank;
   const int r = a.e.r, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const W *first = static_cast<const W*>(a.first), *second = static_cast<const W*>(a.second);
-  locate<MMA_ROWS>(a, n, tokens, batch, banks);
-  __syncthreads();
+  const int halves = here.rows > 16 ? 2 : 1;
+  const W* first = static_cast<const W*>(a.first) + bank * r * C;
+  const W* second = static_cast<const W*>(a.second) + bank * r * C;
+  const W* bias = a.bias ? static_cast<const W*>(a.bias) + bank * r : nullptr;
   const T* x[4];
   UNROLL for (int i = 0; i < 4; i++) x[i] = row_of<const T>(a.x, load(batch + 8 * i + g), load(tokens + 8 * i + g));
 
@@ -114,6 +118,7 @@ __global__ void __launch_bounds__(THREADS, 1) edit_rows_mma(Rows a) {
           const Split b0 = split<T>(p.at[4 * step], p.at[4 * step + 1]),
                       b1 = split<T>(p.at[4 * step + 2], p.at[4 * step + 3]);
           UNROLL for (int m = 0; m < 2; m++) {
+            if (m == halves) break;
             const uint32_t k[4] = {row[2 * m].at[2 * step], row[2 * m + 1].at[2 * step], row[2 * m].at[2 * step + 1],
                                    row[2 * m + 1].at[2 * step + 1]};
             mma<T>(sum[m * 8 + j], k, {b0.high, b1.high});
@@ -129,14 +134,16 @@ __global__ void __launch_bounds__(THREADS, 1) edit_rows_mma(Rows a) {
       const int rank = j0 + u / 32 % 8 * 8 + u % 4 * 2;
       UNROLL for (int half = 0; half < 2; half++) {
         const int row = u / 256 * 16 + half * 8 + u % 32 / 4;
+        const int64_t token = load(tokens + row);
         UNROLL for (int k = 0; k < 2; k++) {
           float& f = four.at[half * 2 + k];
-          if (a.bias && rank + k < r) f += wide(load(static_cast<const W*>(a.bias) + rank + k));
-          if (load(tokens + row) < 0) f = 0;
-          if (a.factors && r % 2 && rank + k < r && n + row < a.end) store(a.factors + (n + row) * r + rank + k, f);
+          if (bias && rank + k < r) f += wide(load(bias + rank + k));
+          if (here.bank < 0) f = NAN;
+          if (token < 0) f = 0;
+          if (a.factors && r % 2 && rank + k < r && token != ELSEWHERE) store(a.factors + (n + row) * r + rank + k, f);
         }
         const Pack<2, float> two{{four.at[half * 2], four.at[half * 2 + 1]}};
-        if (a.factors && r % 2 == 0 && rank < r && n + row < a.end) store(a.factors + (n + row) * r + rank, two);
+        if (a.factors && r % 2 == 0 && rank < r && token != ELSEWHERE) store(a.factors + (n + row) * r + rank, two);
       }
       store(tile + u * 4, four);
     }
@@ -175,6 +182,7 @@ __global__ void __launch_bounds__(THREADS, 1) edit_rows_mma(Rows a) {
       UNROLL for (int j = 0; j < 8; j++) {
         const Split b0 = split<T>(q[0].at[j], q[1].at[j]), b1 = split<T>(q[2].at[j], q[3].at[j]);
         UNROLL for (int m = 0; m < 2; m++) {
+          if (m == halves) break;
           mma<T>(sum[m * 8 + j], high[m], {b0.high, b1.high});
           mma<T>(sum[m * 8 + j], low[m], {b0.high, b1.high});
           if (!exact) mma<T>(sum[m * 8 + j], high[m], {b0.low, b1.low});
@@ -191,13 +199,14 @@ __global__ void __launch_bounds__(THREADS, 1) edit_rows_mma(Rows a) {
   }
 }
 
-// sum_products for 32 ranks × 64 columns a block, the warps on different rows, 16 at a time. One bank.
+// sum_products for 32 ranks × 64 columns a block, the warps on different rows, 16 at a time; 16 that are all another
+// bank's, or not edited, are left out.
 template <class T, class O>
 __global__ void __launch_bounds__(THREADS, 1) sum_products_mma(Products a) {
   SHARED(float, sums, 16 * 32 * 4);
   SHARED(float, factors, CHUNK* SUM_STRIDE);
   SHARED(int64_t, offsets, CHUNK);
-  const int job = blockIdx.z, r = a.e.r, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int job = blockIdx.z % 3, bank = blockIdx.z / 3, r = a.e.r, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int rank_tiles = (r + SUM_RANKS - 1) / SUM_RANKS, j0 = blockIdx.x % rank_tiles * SUM_RANKS;
   const int64_t C = job == 2 ? 1 : a.e.C, column = blockIdx.x / rank_tiles * 64, c = column + 8 * (g / 2 + g % 2 * 4);
   if (column >= C) return;
@@ -207,15 +216,22 @@ __global__ void __launch_bounds__(THREADS, 1) sum_products_mma(Products a) {
   float sum[16][4] = {};  // tile (m, j) in parts: ranks j0 + 16 m …; see `order` below
   for (int64_t n0 = begin; n0 < end; n0 += CHUNK) {
     __syncthreads();
-    stage<SUM_RANKS, SUM_STRIDE>(a, job, 0, j0, n0, end, x, factors, offsets);
+    stage<SUM_RANKS, SUM_STRIDE>(a, job, bank, j0, n0, end, x, factors, offsets);
     __syncthreads();
     const int k0 = threadIdx.x / 32 * 16;
     if (n0 + k0 >= end) continue;
+    int64_t offset[4];
+    int some = 0;
+    UNROLL for (int i = 0; i < 4; i++) {
+      offset[i] = load(offsets + k0 + 2 * t + i % 2 + i / 2 * 8);
+      some |= offset[i] >= 0;
+    }
+    UNROLL for (int bit = 1; bit < 4; bit *= 2) some |= __shfl_xor_sync(ALL, some, bit);
+    if (!some) continue;
     Pack<8, T> row[4];
     UNROLL for (int i = 0; i < 4; i++) {
-      const int64_t offset = load(offsets + k0 + 2 * t + i % 2 + i / 2 * 8);
-      row[i] = narrow<T>(all<8>(offset >= 0 && job == 2 ? 1 : 0));
-      if (offset >= 0 && job < 2 && c < C) row[i] = load<8>(static_cast<const T*>(x.data) + offset + c);
+      row[i] = narrow<T>(all<8>(offset[i] >= 0 && job == 2 ? 1 : 0));
+      if (offset[i] >= 0 && job < 2 && c < C) row[i] = load<8>(static_cast<const T*>(x.data) + offset[i] + c);
     }
     UNROLL for (int m = 0; m < 2; m++) {
       uint32_t high[4], low[4];  // element i: ranks g + 8 (i % 2), rows 2t and 2t + 1, + 8 (i / 2)
@@ -243,7 +259,7 @@ __global__ void __launch_bounds__(THREADS, 1) sum_products_mma(Products a) {
     const int rank = j0 + me / 4 * 16 + holder / 4 + e / 2 * 8;
     const int64_t to = column + 8 * (holder % 4 + e % 2 * 4) + 4 * h;
     if (rank < r && to < C)
-      write_sum<O, 4>(a, job, 0, rank, C, to, widen(load<4>(sums + ((me * 2 + h) * 32 + holder) * 4)));
+      write_sum<O, 4>(a, job, bank, rank, C, to, widen(load<4>(sums + ((me * 2 + h) * 32 + holder) * 4)));
   }
 }
 
