@@ -54,6 +54,7 @@ EDITS = [
     for kernel, shape, backward in itertools.product(["low_rank_edit", "low_rank_edit_at"], SHAPES, [False, True])
     if kernel == "low_rank_edit" or shape["r"] == 8
 ]
+BANKS = [("low_rank_edit_at", dict(N=1022, C=1024, r=16, dtype="bf16", tasks=4), backward) for backward in (False, True)]
 OTHERS = [
     (kernel, shape, backward)
     for kernel, shape, backward in itertools.product(KERNELS, SHAPES[::3], [False, True])
@@ -61,7 +62,7 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize("kernel, shape, backward", EDITS + OTHERS, ids=str)
+@pytest.mark.parametrize("kernel, shape, backward", EDITS + BANKS + OTHERS, ids=str)
 def test_kernels_move_close_to_the_least_bytes_in_full_sectors_without_conflicts(emulator, kernel, shape, backward):
     found = profile(kernel, **shape, backward=backward, emulator=emulator, gpus={}, V=2000)
     assert found["bytes"] <= (1.10 if backward else 1.05) * found["least_bytes"]
@@ -76,6 +77,15 @@ def test_high_ranks_move_no_more_than_they_must(emulator):
     assert found["bytes"] <= 1.10 * found["least_bytes"]
     found = profile("low_rank_edit", N=256, C=4096, r=64, backward=True, emulator=emulator, gpus={})
     assert found["bytes"] <= 1.03 * (found["least_bytes"] + 256 * 4096 * 2)
+
+
+@pytest.mark.parametrize("r, reads, mma", [(8, 4, False), (16, 1, True)])
+def test_a_sequence_reads_its_bank_once_for_a_tile_of_rows(emulator, r, reads, mma):
+    """Four sequences of 14 positions, each with its own bank: tiles of 4 rows, or one of 16 on the tensor cores."""
+    found = profile("low_rank_edit_at", N=56, C=512, r=r, tasks=4, emulator=emulator, gpus={})
+    rows, banks = 56 * 512 * 2, 4 * 2 * r * 512 * 4
+    assert reads * banks + 4 * rows <= found["l2_bytes"] <= 1.1 * (reads * banks + 4 * rows)  # x twice, its copy, out
+    assert (found["mma"] > 0) == mma and (found["fma"] > 0) != mma
 
 
 def test_counts_are_the_same_on_every_run(emulator):
@@ -101,6 +111,9 @@ def test_profile_prints_a_table_json_and_the_source(capsys):
     ).keys()
     main(["scale", "--N", "64", "--C", "256", "--source"])
     assert "store(pointer<V, T>(a, job.out, n, t.c), narrow<T>(y));" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["scale", "--tasks", "2"])
+    assert "for low_rank_edit_at; got 2 for scale" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["scale", "--dtype", "bf16", "--weights", "fp16"])
     assert "must be fp32 or bf16" in capsys.readouterr().err

@@ -18,7 +18,8 @@ const char* too_large(const Edit& e) {
   return nullptr;
 }
 
-// Tensor cores serve half precision from rank 16 on.
+// Tensor cores serve half precision from rank 16 on, banks too: multiply-adds outside them would take an H200 longer than
+// the bytes, 7.0 against 4.1 µs for 448 rows in 4 banks at C 4096 and r 64, by the count.
 bool by_mma(const Edit& e) { return e.dtype != Dtype::f32 && e.r >= 16 && e.r <= MMA_MAX && has_mma(); }
 
 template <class T, class W>

@@ -24,7 +24,8 @@ struct Rows {
 };
 
 // A tile is up to R rows that blocks edit at once: consecutive ones, and with tasks of one batch row, so that they take
-// few banks, mostly one. The number of row n's tile:
+// few banks, mostly one: 32 sequences × 14 positions, C 4096, r 64 and 4 banks in turn ask L2 for 82 MB, with a block for
+// each row 980 MB (`minireft profile low_rank_edit_at --r 64 --tasks 4`). The number of row n's tile:
 __host__ DEVICE uint32_t tile_of(const Edit& e, int R, uint32_t n) {
   const uint32_t run = e.tasks.data ? e.P : e.B * e.P, tiles = (run - 1) / R + 1;
   return n / run * tiles + n % run / R;
@@ -190,29 +191,31 @@ DEVICE int64_t share_of(const Products& a, int64_t split) {  // where a split's 
   return smaller(a.begin + split * ((a.end - a.begin + gridDim.y - 1) / gridDim.y), a.end);
 }
 
-// Brings to shared memory what CHUNK rows from n0 need: RANKS_HERE of their factors s, STRIDE apart, and where their x
-// lies (−1: not edited, or not this bank's, or beyond the end).
+// Brings to shared memory where the x of CHUNK rows from n0 lies (−1: not edited, or not this bank's, or beyond the end),
+// and RANKS_HERE of these rows' factors s, STRIDE apart; of many banks, only those of this one.
 template <int RANKS_HERE, int STRIDE>
 DEVICE void stage(const Products& a, int job, int64_t bank, int j0, int64_t n0, int64_t end, const Stream& x,
                   float* factors, int64_t* offsets) {
   const float* s = job == 1 ? a.delta : a.u;
   const int r = a.e.r;
-  for (int i = threadIdx.x; i < CHUNK * RANKS_HERE / 4; i += THREADS) {  // four ranks of a row each
-    const int64_t n = n0 + i / (RANKS_HERE / 4);
-    const int j = j0 + i % (RANKS_HERE / 4) * 4;
-    Pack<4, float> four{};
-    if (n < end && j < r && r % 4 == 0 && a.vectors) {
-      four = load<4>(s + n * r + j);
-    } else if (n < end) {
-      for (int k = 0; k < 4 && j + k < r; k++) four.at[k] = load(s + n * r + j + k);
-    }
-    store(factors + i / (RANKS_HERE / 4) * STRIDE + i % (RANKS_HERE / 4) * 4, four);
-  }
   if (threadIdx.x < CHUNK) {
     const int64_t n = n0 + threadIdx.x, place = n < end ? load(a.places + n) : -1, b = uint32_t(n) / uint32_t(a.e.P);
     const int64_t t = job == 0 && a.h_by_position ? n - b * a.e.P : place & 0xFFFFFFFF;
     const bool mine = place >= 0 && place >> 32 == bank;
     store(offsets + threadIdx.x, mine ? b * x.batch_stride + t * x.token_stride : int64_t(-1));
+  }
+  if (a.e.K > 1) __syncthreads();
+  for (int i = threadIdx.x; i < CHUNK * RANKS_HERE / 4; i += THREADS) {  // four ranks of a row each
+    const int row = i / (RANKS_HERE / 4), j = j0 + i % (RANKS_HERE / 4) * 4;
+    const int64_t n = n0 + row;
+    const bool wanted = a.e.K > 1 ? load(offsets + row) >= 0 : n < end;
+    Pack<4, float> four{};
+    if (wanted && j < r && r % 4 == 0 && a.vectors) {
+      four = load<4>(s + n * r + j);
+    } else if (wanted) {
+      for (int k = 0; k < 4 && j + k < r; k++) four.at[k] = load(s + n * r + j + k);
+    }
+    store(factors + row * STRIDE + j - j0, four);
   }
 }
 
