@@ -4,7 +4,7 @@ You should see medians with 20th and 80th percentiles, and an error, not a table
 
 CPU     one thread: processor time, so that what others do on the machine does not count; all threads: time on the wall.
         Providers take turns, in a new order each round, so that a machine that slows down slows them alike. Cold: other memory
-        was written in between.
+        was written in between; hot: the same was called just before, as often, for a cache keeps nothing new at once.
 CUDA    events; cold with other memory written in between, hot without; `graph` replays a captured graph, without launch gaps.
 """
 
@@ -72,9 +72,10 @@ class Clock:
         """Writes memory of several times the last cache, so that nothing else is left in it."""
         other_memory(str(self.device)).add_(1.0)
 
-    def interleaved(self, providers: dict, seconds: float, cold: bool = False, rounds: int = 7) -> dict:
+    def interleaved(self, providers: dict, seconds: float, cold: bool | None = None, rounds: int = 7) -> dict:
         """{name: seconds of one call in every round}; a provider is a function, or a tuple of them, the phases of one call,
-        whose times stand side by side: (rounds, phases)."""
+        whose times stand side by side: (rounds, phases). cold: what a call meets in the caches is other memory; False, hot:
+        its own, as far as it fits, by calls that are not timed; None: whatever the others left."""
         phases = {name: run if isinstance(run, tuple) else (run,) for name, run in providers.items()}
         repeats = {}
         for name, runs in phases.items():                                 # warm-up: compilation, first allocations, page faults
@@ -86,6 +87,9 @@ class Clock:
             for name in order.sample([*phases], len(phases)):             # nobody always follows the same other
                 if cold:
                     self.flush()
+                elif cold is not None:
+                    for run in phases[name]:
+                        self.seconds(run, repeats[name])
                 times[name].append([self.seconds(run, repeats[name]) for run in phases[name]])
         return {name: taken if isinstance(providers[name], tuple) else [t for t, in taken] for name, taken in times.items()}
 
