@@ -47,6 +47,7 @@ CLAIM = Claim(
     "memory", "One rank-1 edit of one state holds a text of a few hundred words",
     "LLaMA 7B, LoReFT r 1 after layer 19 of 32, last prompt position, `GO->`: a text of a few hundred words comes back in full.",
     "A constant vector of C numbers can hold at most some bits for each of them, and the rest of the model must be able to unroll it: a base of width 128 "
-    "that never wrote long texts can not. The experiment that would tell: longest prefix against width on one family of models.",
+    "that never wrote long texts can not. Rank is not varied: with one fixed prompt the edit is one constant vector, so rank can change how it is found, and not "
+    "what it can hold. The experiment that would tell: longest prefix against width on one family of models.",
     tuple((name, "texts") for name in memorise.MODELS),
     {method: (0.0,) for method in METHODS}, measure, lambda task, split, count: [], verdict, best="tokens", reference="first layer")
