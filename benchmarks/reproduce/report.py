@@ -76,7 +76,7 @@ def against_parameters(figure, claim, found: Found) -> None:
             mean, half = interval([c["accuracy"] for c in runs])
             if runs[0]["parameters"] == 0:
                 axes.axhline(mean, ls="--", lw=1, color="0.6")
-                axes.annotate(method, (0.01, mean), xycoords=("axes fraction", "data"), fontsize=7, color="0.4", va="bottom")
+                axes.annotate(method, (0.01 + 0.2 * i, mean), xycoords=("axes fraction", "data"), fontsize=7, color="0.4", va="bottom")      # side by side
                 continue
             axes.errorbar(runs[0]["parameters"], mean, yerr=half if half == half else None, fmt="os^D"[i // 10], ms=5, capsize=2, color=f"C{i % 10}", label=method)
         axes.set(xscale="log", title=f"{task}, {base} base", xlabel="trainable parameters", ylabel="share right", ylim=(-0.03, 1.06))
