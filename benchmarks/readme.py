@@ -55,15 +55,16 @@ def neftune_table(results: dict) -> str:
 
 
 def classification_table(results: dict) -> str:
-    """Test accuracy of a head beside each method, a column for each data set."""
+    """Test accuracy of a head beside each method, a column for each data set and what the head scores; empty where it was not run."""
+    results = dict(sorted(results.items()))
     lines = [["beside the head", "numbers", *(f"{name} ({found['items']['test']} items)" for name, found in results.items())]]
     lines.append(["---"] * len(lines[0]))
     for method in next(iter(results.values()))["methods"]:
-        each = [found["methods"][method] for found in results.values()]
-        cells = [f"{mean(m['test']):.3f} ± {stdev(m['test']) / len(m['test']) ** 0.5:.3f}" for m in each]
-        lines.append([method, " / ".join(f"{m['parameters']:,}" for m in each), *cells])
-    always = ", ".join(f"{name} {found['majority']:.3f}" for name, found in results.items())
-    dates = " and ".join(dict.fromkeys(found["date"] for found in results.values()))
+        each = [found["methods"].get(method) for found in results.values()]
+        cells = [f"{mean(m['test']):.3f} ± {stdev(m['test']) / len(m['test']) ** 0.5:.3f}" if m else "" for m in each]
+        lines.append([method, " / ".join(dict.fromkeys(f"{m['parameters']:,}" for m in each if m)), *cells])
+    always = ", ".join(dict.fromkeys(f"{name.partition(',')[0]} {found['majority']:.3f}" for name, found in results.items()))
+    dates = " and ".join(dict.fromkeys(sorted(found["date"] for found in results.values())))
     return ("\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\nMeans over {next(iter(results.values()))['seeds']} seeds ± standard error; the head "
             f"and the learning rate are each method's own, chosen on validation items. Always the commonest label: {always}. Measured {dates}.")
 
