@@ -10,7 +10,8 @@ coalescing  share of hot accesses (source lines that move at least 5 % of the se
 shuffles and mma (tensor-core steps) count once a warp, fma (multiply-adds) once a thread, barriers once a block.
 
 In bytes, forward passes move at most 1.05 times the least, backward passes 1.10 times; but where D, A, their gradients and
-partial sums fill the L2, g comes from memory twice: 1.22 to 1.29 times at r 32 and 64 with C 4096 and an L2 of 3 MB.
+partial sums fill the L2, g comes from memory twice: at r 32 or 64 with C 4096 and an L2 of 3 MB 1.20 times with N 256,
+1.31 to 1.32 with N 1024; 1.17 at r 8 with C 8192 and N 128.
 Banks that do not fit in it together come anew for each sequence: 4 times with --C 4096 --r 64 --tasks 4.
 """
 

@@ -40,7 +40,9 @@ def test_kernels_are_right_in_every_order_of_threads(emulator, name, order):
 # ---- what the kernels cost -----------------------------------------------------------------------------------------
 
 # At least a million elements, and D, A and their gradients small beside an L2 of 3 MB (where they are not, the backward
-# pass reads g twice rather than go chunk by chunk: a third more bytes).
+# pass reads g twice rather than go chunk by chunk: a third more bytes). The rows of u and δ are r floats: where these are
+# no multiple of 4, or of 8 and r > 8 outside the tensor cores, they begin within 16 bytes or a sector, and are read so.
+# At r 5 that is little; it is 6 % of the sectors at r 12 and C 1024, 17 % at r 17 and C 256, 23 % at r 33 and C 1024.
 SHAPES = [
     dict(N=256, C=4096, r=4, dtype="bf16"),
     dict(N=448, C=4096, r=8, dtype="bf16"),
@@ -54,7 +56,12 @@ EDITS = [
     for kernel, shape, backward in itertools.product(["low_rank_edit", "low_rank_edit_at"], SHAPES, [False, True])
     if kernel == "low_rank_edit" or shape["r"] == 8
 ]
-BANKS = [("low_rank_edit_at", dict(N=1022, C=1024, r=16, dtype="bf16", tasks=4), backward) for backward in (False, True)]
+MORE = [
+    ("low_rank_edit_at", dict(N=1022, C=1024, r=16, dtype="bf16", tasks=4), False),
+    ("low_rank_edit_at", dict(N=1022, C=1024, r=16, dtype="bf16", tasks=4), True),
+    ("low_rank_edit", dict(N=1366, C=768, r=5, dtype="fp32"), True),
+    ("low_rank_edit", dict(N=4096, C=256, r=64, dtype="bf16"), True),
+]
 OTHERS = [
     (kernel, shape, backward)
     for kernel, shape, backward in itertools.product(KERNELS, SHAPES[::3], [False, True])
@@ -62,7 +69,7 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize("kernel, shape, backward", EDITS + BANKS + OTHERS, ids=str)
+@pytest.mark.parametrize("kernel, shape, backward", EDITS + MORE + OTHERS, ids=str)
 def test_kernels_move_close_to_the_least_bytes_in_full_sectors_without_conflicts(emulator, kernel, shape, backward):
     found = profile(kernel, **shape, backward=backward, emulator=emulator, gpus={}, V=2000)
     assert found["bytes"] <= (1.10 if backward else 1.05) * found["least_bytes"]
@@ -77,6 +84,8 @@ def test_high_ranks_move_no_more_than_they_must(emulator):
     assert found["bytes"] <= 1.10 * found["least_bytes"]
     found = profile("low_rank_edit", N=256, C=4096, r=64, backward=True, emulator=emulator, gpus={})
     assert found["bytes"] <= 1.03 * (found["least_bytes"] + 256 * 4096 * 2)
+    found = profile("low_rank_edit", N=128, C=8192, r=8, backward=True, emulator=emulator, gpus={})
+    assert found["bytes"] <= 1.2 * found["least_bytes"]  # the second time, a part of g is still in L2
 
 
 @pytest.mark.parametrize("r, reads, mma", [(8, 4, False), (16, 1, True)])

@@ -154,11 +154,11 @@ SLOW = [
         "static_cast<const W*>(a.second)",
         "edit_banks",
     ),
-    ("all banks' sums are the first one's", TENSOR, "(a, job, bank, j0,", "(a, job, 0, j0,", "edit_banks"),
+    ("all banks' sums are the first one's", TENSOR, "bank = blockIdx.z / 3", "bank = 0", "edit_banks"),
     ("a task that names no bank takes the first", TENSOR, "if (here.bank < 0) f = NAN;", "", "edit_banks"),
     ("the seventeenth row is left out", TENSOR, "here.rows > 16 ?", "here.rows > 17 ?", "edit_all"),
     ("some lanes leave rows out that others take", TENSOR, "bit = 1; bit < 4;", "bit = 1; bit < 2;", "edit"),
-    ("an index off by one", SCALAR, "n * r + j + k);", "n * r + j + k + 1);", "edit_all"),
+    ("an index off by one", SCALAR, "a.e.r + j0 + j)", "a.e.r + j0 + j + 1)", "edit_all"),
     (
         "u and δ change places",
         SCALAR,

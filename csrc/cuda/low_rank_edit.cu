@@ -69,7 +69,7 @@ Plan plan(const Edit& e) {
   const int64_t blocks = ceil_div(e.C, LANES * 16 / bytes) * ceil_div(e.r, by_mma(e) ? SUM_RANKS : RANKS) * 2 * e.K;
   p.splits = larger(1, smaller(32, smaller(256 / blocks, N * bytes / (96 * e.r * e.K))));
   const int64_t room = l2_size() * 3 / 4 - 2 * e.K * e.r * e.C * weights - p.splits * p.sums * 4;
-  const int64_t rows = room / (3 * e.C * bytes) / GROUPS * GROUPS;
+  const int64_t rows = room / (3 * e.C * bytes + 2 * e.r * 4) / GROUPS * GROUPS;  // of g, dh, h, u and δ
   if (rows > 0) p.chunk = larger(1, smaller(N, rows));
   return p;
 }

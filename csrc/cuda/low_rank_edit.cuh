@@ -192,12 +192,11 @@ DEVICE int64_t share_of(const Products& a, int64_t split) {  // where a split's 
 }
 
 // Brings to shared memory where the x of CHUNK rows from n0 lies (−1: not edited, or not this bank's, or beyond the end),
-// and RANKS_HERE of these rows' factors s, STRIDE apart; of many banks, only those of this one.
-template <int RANKS_HERE, int STRIDE>
+// and RANKS_HERE of these rows' factors s, STRIDE apart, E in one access; of many banks, only those of this one.
+template <int RANKS_HERE, int STRIDE, int E>
 DEVICE void stage(const Products& a, int job, int64_t bank, int j0, int64_t n0, int64_t end, const Stream& x,
                   float* factors, int64_t* offsets) {
   const float* s = job == 1 ? a.delta : a.u;
-  const int r = a.e.r;
   if (threadIdx.x < CHUNK) {
     const int64_t n = n0 + threadIdx.x, place = n < end ? load(a.places + n) : -1, b = uint32_t(n) / uint32_t(a.e.P);
     const int64_t t = job == 0 && a.h_by_position ? n - b * a.e.P : place & 0xFFFFFFFF;
@@ -205,17 +204,10 @@ DEVICE void stage(const Products& a, int job, int64_t bank, int j0, int64_t n0, 
     store(offsets + threadIdx.x, mine ? b * x.batch_stride + t * x.token_stride : int64_t(-1));
   }
   if (a.e.K > 1) __syncthreads();
-  for (int i = threadIdx.x; i < CHUNK * RANKS_HERE / 4; i += THREADS) {  // four ranks of a row each
-    const int row = i / (RANKS_HERE / 4), j = j0 + i % (RANKS_HERE / 4) * 4;
-    const int64_t n = n0 + row;
-    const bool wanted = a.e.K > 1 ? load(offsets + row) >= 0 : n < end;
-    Pack<4, float> four{};
-    if (wanted && j < r && r % 4 == 0 && a.vectors) {
-      four = load<4>(s + n * r + j);
-    } else if (wanted) {
-      for (int k = 0; k < 4 && j + k < r; k++) four.at[k] = load(s + n * r + j + k);
-    }
-    store(factors + row * STRIDE + j - j0, four);
+  for (int i = threadIdx.x; i < CHUNK * RANKS_HERE / E; i += THREADS) {
+    const int row = i / (RANKS_HERE / E), j = i % (RANKS_HERE / E) * E;
+    const bool wanted = a.e.K > 1 ? load(offsets + row) >= 0 : n0 + row < end;
+    store(factors + row * STRIDE + j, wanted && j0 + j < a.e.r ? load<E>(s + (n0 + row) * a.e.r + j0 + j) : Pack<E, float>{});
   }
 }
 
@@ -244,8 +236,8 @@ __global__ void __launch_bounds__(THREADS) sum_products(Products a) {
   SHARED(float, sums, WARPS * RANKS * LANES * V);
   SHARED(float, factors, CHUNK * RANKS);
   SHARED(int64_t, offsets, CHUNK);
-  const int64_t C = blockIdx.z % 3 == 2 ? 1 : a.e.C, tile = LANES * V;
-  const int job = blockIdx.z % 3, bank = blockIdx.z / 3, r = a.e.r;
+  const int job = 2 - blockIdx.z % 3, bank = blockIdx.z / 3, r = a.e.r;  // g before h: most of it is in L2 yet
+  const int64_t C = job == 2 ? 1 : a.e.C, tile = LANES * V;
   const int rank_tiles = (r + RANKS - 1) / RANKS, j0 = blockIdx.x % rank_tiles * RANKS;
   const int64_t column = blockIdx.x / rank_tiles * tile;
   if (column >= C) return;
@@ -257,7 +249,10 @@ __global__ void __launch_bounds__(THREADS) sum_products(Products a) {
   float sum[RANKS * V] = {};
   for (int64_t n0 = begin; n0 < end; n0 += CHUNK) {
     __syncthreads();
-    stage<RANKS, RANKS>(a, job, bank, j0, n0, end, x, factors, offsets);
+    if (a.vectors && r % 4 == 0)
+      stage<RANKS, RANKS, 4>(a, job, bank, j0, n0, end, x, factors, offsets);
+    else
+      stage<RANKS, RANKS, 1>(a, job, bank, j0, n0, end, x, factors, offsets);
     __syncthreads();
     UNROLL_BY(4) for (int m = group; m < CHUNK; m += GROUPS) {
       const int64_t offset = load(offsets + m);

@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(THREADS, 1) sum_products_mma(Products a) {
   SHARED(float, sums, 16 * 32 * 4);
   SHARED(float, factors, CHUNK* SUM_STRIDE);
   SHARED(int64_t, offsets, CHUNK);
-  const int job = blockIdx.z % 3, bank = blockIdx.z / 3, r = a.e.r, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int job = 2 - blockIdx.z % 3, bank = blockIdx.z / 3, r = a.e.r, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int rank_tiles = (r + SUM_RANKS - 1) / SUM_RANKS, j0 = blockIdx.x % rank_tiles * SUM_RANKS;
   const int64_t C = job == 2 ? 1 : a.e.C, column = blockIdx.x / rank_tiles * 64, c = column + 8 * (g / 2 + g % 2 * 4);
   if (column >= C) return;
@@ -216,7 +216,10 @@ __global__ void __launch_bounds__(THREADS, 1) sum_products_mma(Products a) {
   float sum[16][4] = {};  // tile (m, j) in parts: ranks j0 + 16 m …; see `order` below
   for (int64_t n0 = begin; n0 < end; n0 += CHUNK) {
     __syncthreads();
-    stage<SUM_RANKS, SUM_STRIDE>(a, job, bank, j0, n0, end, x, factors, offsets);
+    if (r % 4 == 0)
+      stage<SUM_RANKS, SUM_STRIDE, 4>(a, job, bank, j0, n0, end, x, factors, offsets);
+    else
+      stage<SUM_RANKS, SUM_STRIDE, 1>(a, job, bank, j0, n0, end, x, factors, offsets);
     __syncthreads();
     const int k0 = threadIdx.x / 32 * 16;
     if (n0 + k0 >= end) continue;
