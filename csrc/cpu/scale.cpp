@@ -1,7 +1,8 @@
 // l ⊙ x, l ⊙ gelu(x) and l ⊙ silu(x) ⊙ up on the CPU, forward and backward: (IA)³ and the activation before it.
 // One pass over memory; backward recomputes the activation. The sums for dl stay in cache, one row of them per piece of rows.
-// You should see at least twice the speed of the eager expression, which passes over memory once per operation; l ⊙ x alone is one
-// pass for both, and no slower here than there but for 2 µs of a call.
+// You should see twice the speed of the eager expression and more, since that passes over memory once per operation; 1.7 times and
+// more in gelu's forward pass where all is in cache: its arithmetic then takes nine tenths of the time. l ⊙ x alone is one pass for
+// both, and no slower here than there but for 2 µs of a call.
 #include <algorithm>
 #include <vector>
 
