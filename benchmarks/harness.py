@@ -136,6 +136,17 @@ NATIVE = """
 #if defined(__AVX__)
 #include <immintrin.h>
 #endif
+#include <algorithm>
+#include <thread>
+#include <vector>
+
+template <class Piece> void share(long n, int threads, Piece piece) {          // piece(first, last), each at a cache line, by so many threads
+  const long step = (n / threads + 15) / 16 * 16;
+  std::vector<std::thread> others;
+  for (int t = 1; t < threads; t++) others.emplace_back(piece, std::min(n, t * step), t + 1 < threads ? std::min(n, (t + 1) * step) : n);
+  piece(0, threads > 1 ? std::min(n, step) : n);
+  for (auto& other : others) other.join();
+}
 
 extern "C" float multiply_adds(long n) {          // n × 16 independent chains × 16 lanes, in registers
   typedef float lanes __attribute__((vector_size(64)));
@@ -148,34 +159,37 @@ extern "C" float multiply_adds(long n) {          // n × 16 independent chains 
   return a[0][0];
 }
 
-extern "C" void clear(float* p, long n) {         // past the caches, where the processor can; p at a cache line
-  long i = 0;
+extern "C" void clear(float* p, long n, int threads) {      // past the caches, where the processor can; p at a cache line
+  share(n, threads, [=](long i, long end) {
 #if defined(__AVX512F__)
-  for (; i + 16 <= n; i += 16) _mm512_stream_ps(p + i, _mm512_setzero_ps());
-  _mm_sfence();
+    for (; i + 16 <= end; i += 16) _mm512_stream_ps(p + i, _mm512_setzero_ps());
+    _mm_sfence();
 #elif defined(__AVX__)
-  for (; i + 8 <= n; i += 8) _mm256_stream_ps(p + i, _mm256_setzero_ps());
-  _mm_sfence();
+    for (; i + 8 <= end; i += 8) _mm256_stream_ps(p + i, _mm256_setzero_ps());
+    _mm_sfence();
 #endif
-  for (; i < n; i++) p[i] = 0;
+    for (; i < end; i++) p[i] = 0;
+  });
 }
 
-extern "C" void copy(const int* c, int* p, long n) {
-  long i = 0;
+extern "C" void copy(const int* c, int* p, long n, int threads) {
+  share(n, threads, [=](long i, long end) {
 #if defined(__AVX512F__)
-  for (; i + 16 <= n; i += 16) _mm512_stream_si512((__m512i*)(p + i), _mm512_loadu_si512(c + i));
-  _mm_sfence();
+    for (; i + 16 <= end; i += 16) _mm512_stream_si512((__m512i*)(p + i), _mm512_loadu_si512(c + i));
+    _mm_sfence();
 #endif
-  for (; i < n; i++) p[i] = c[i];
+    for (; i < end; i++) p[i] = c[i];
+  });
 }
 
-extern "C" void sum(const int* a, const int* b, int* p, long n) {              // the same way; bits are bits
-  long i = 0;
+extern "C" void sum(const int* a, const int* b, int* p, long n, int threads) {      // the same way; bits are bits
+  share(n, threads, [=](long i, long end) {
 #if defined(__AVX512F__)
-  for (; i + 16 <= n; i += 16) _mm512_stream_si512((__m512i*)(p + i), _mm512_add_epi32(_mm512_loadu_si512(a + i), _mm512_loadu_si512(b + i)));
-  _mm_sfence();
+    for (; i + 16 <= end; i += 16) _mm512_stream_si512((__m512i*)(p + i), _mm512_add_epi32(_mm512_loadu_si512(a + i), _mm512_loadu_si512(b + i)));
+    _mm_sfence();
 #endif
-  for (; i < n; i++) p[i] = a[i] + b[i];
+    for (; i < end; i++) p[i] = a[i] + b[i];
+  });
 }
 """
 
@@ -187,14 +201,14 @@ def native() -> ctypes.CDLL | None:
         source, path = Path(folder, "native.cpp"), Path(folder, "native.so")
         source.write_text(NATIVE)
         try:
-            subprocess.run([os.environ.get("CXX", "g++"), "-O3", "-march=native", "-shared", "-fPIC", str(source), "-o", str(path)], check=True)
+            subprocess.run([os.environ.get("CXX", "g++"), "-O3", "-march=native", "-shared", "-fPIC", "-pthread", str(source), "-o", str(path)], check=True)
         except (OSError, subprocess.CalledProcessError):
             return None
         library = ctypes.CDLL(str(path))
     library.multiply_adds.argtypes, library.multiply_adds.restype = [ctypes.c_long], ctypes.c_float
-    library.clear.argtypes, library.clear.restype = [ctypes.c_void_p, ctypes.c_long], None
-    library.copy.argtypes, library.copy.restype = [ctypes.c_void_p] * 2 + [ctypes.c_long], None
-    library.sum.argtypes, library.sum.restype = [ctypes.c_void_p] * 3 + [ctypes.c_long], None
+    library.clear.argtypes, library.clear.restype = [ctypes.c_void_p, ctypes.c_long, ctypes.c_int], None
+    library.copy.argtypes, library.copy.restype = [ctypes.c_void_p] * 2 + [ctypes.c_long, ctypes.c_int], None
+    library.sum.argtypes, library.sum.restype = [ctypes.c_void_p] * 3 + [ctypes.c_long, ctypes.c_int], None
     return library
 
 
@@ -238,13 +252,14 @@ def clear(x: torch.Tensor, around_cache: bool) -> None:
     """Writes zeros, which an embedding's gradient mostly is (a Zen 5 writes them to memory twice as fast as other numbers), and no
     more; torch's own zero_ goes through the cache, which reads memory before it is written."""
     if around_cache and x.device.type == "cpu" and native():
-        native().clear(x.data_ptr(), x.nbytes // 4)
+        native().clear(x.data_ptr(), x.nbytes // 4, torch.get_num_threads())
     else:
         x.zero_()
 
 
-def stream(reads: int, writes: int, dtype: torch.dtype, device, around_cache: bool):
-    """A function that reads and writes so many elements and does no more: the ceiling of whatever must move as many.
+def stream(reads: int, writes: int, source: torch.Tensor, around_cache: bool):
+    """A function that reads the first of a flat source's elements, writes so many, and does no more: the ceiling of whatever must
+    move as many.
 
     Sums of two where more is read than written, copies, and zeros where more is written than read; into memory that is there.
     All go around the cache (as memcpy does with large ones) or through it: which is faster depends on the size.
@@ -252,19 +267,19 @@ def stream(reads: int, writes: int, dtype: torch.dtype, device, around_cache: bo
     sums = min(max(0, reads - writes), writes)
     copies = min(writes - sums, reads - 2 * sums)
     zeros, rest = writes - sums - copies, max(0, reads - 2 * sums - copies)
-    a, b, c, d = (torch.randn(max(n, 1), device=device).to(dtype) for n in (sums, sums, copies, rest))
-    empty = large_pages if torch.device(device).type == "cpu" else partial(torch.empty, device=device)
-    x, y, z = (empty(max(n, 1), dtype=dtype) for n in (sums, copies, zeros))
+    a, b, c, d = source[:reads].split([sums, sums, copies, rest])
+    empty = large_pages if source.device.type == "cpu" else partial(torch.empty, device=source.device)
+    x, y, z = (empty(max(n, 1), dtype=source.dtype)[:n] for n in (sums, copies, zeros))
 
     past = native() if around_cache and x.device.type == "cpu" else None
 
     def run():
         if sums and past:
-            past.sum(a.data_ptr(), b.data_ptr(), x.data_ptr(), x.nbytes // 4)
+            past.sum(a.data_ptr(), b.data_ptr(), x.data_ptr(), x.nbytes // 4, torch.get_num_threads())
         elif sums:
             torch.add(a, b, out=x)
         if copies and past:
-            past.copy(c.data_ptr(), y.data_ptr(), y.nbytes // 4)
+            past.copy(c.data_ptr(), y.data_ptr(), y.nbytes // 4, torch.get_num_threads())
         elif copies and around_cache:
             y.copy_(c)
         elif copies:
@@ -276,12 +291,13 @@ def stream(reads: int, writes: int, dtype: torch.dtype, device, around_cache: bo
     return run
 
 
-def below_the_ceilings(what: str, found: dict, operations: int, rate: float) -> float:
+def below_the_ceilings(what: str, found: dict, operations: int, rate: float, single: bool = True) -> float:
     """The share of the streaming ceiling that ours reached. More than all of it by any provider, or than the rate of arithmetic
-    (GFLOP/s), is an error of the benchmark: the median is beyond it, and the noise (20th to 80th percentile) does not reach it."""
+    (GFLOP/s), is an error of the benchmark: the median is beyond it, and the noise (20th to 80th percentile) does not reach it. Of
+    two passes, not a single one, memory sets no bound: what the first leaves in the caches the second need not read."""
     ceiling = found["ceiling"]["us"]
     for name, times in ((name, cell["us"]) for name, cell in found.items() if name != "ceiling"):
-        if times[2] < ceiling[0]:
+        if single and times[2] < ceiling[0]:
             raise Wrong(f"{what} by {name}: {ceiling[1] / times[1]:.0%} of what memory can do is impossible ({times} µs against {ceiling}): not reported")
         if operations / times[1] / 1e3 > rate:
             raise Wrong(f"{what} by {name}: {operations / times[1] / 1e3:.0f} GFLOP/s, where this machine reaches {rate:.0f}: not reported")

@@ -269,12 +269,14 @@ def bills(op: str, s: Shape) -> dict[str, Bill]:
 
 
 def streams(op: str, s: Shape, which: str, device) -> dict:
-    """{name: a function}: memory moved as the formula must, by forward, backward, or one after the other; in two ways."""
+    """{name: a function}: memory moved as the formula must, by forward, backward, or one after the other, which reads again what
+    the first read and caches may still hold; in two ways."""
     bill = bills(op, s)
     passes = [bill[name] for name in (("forward", "backward") if which == "both" else (which,))]
+    source = torch.randn(max(b.reads for b in passes), device=device).to(s.dtype)
 
     def one_way(around_cache: bool):
-        parts = [harness.stream(b.reads, b.writes, s.dtype, device, around_cache) for b in passes]
+        parts = [harness.stream(b.reads, b.writes, source, around_cache) for b in passes]
         return lambda: [part() for part in parts]
     return {"ceiling": one_way(True), "ceiling, cached": one_way(False)}
 
@@ -360,7 +362,7 @@ def measure(op: str, s: Shape, which: str, clock: Clock, ceilings: dict, seconds
     validate(op, s, fresh(2), which)
     bill, dtype = bills(op, s)[which], str(s.dtype).removeprefix("torch.")
     what = f"{op} {which} {dtype} N {s.N} C {s.C} r {s.r}"
-    share = harness.below_the_ceilings(what, found, bill.operations, ceilings["operations"][dtype])
+    share = harness.below_the_ceilings(what, found, bill.operations, ceilings["operations"][dtype], which != "both")
     return {**harness.machine(device), "threads": torch.get_num_threads(), "part": "kernels", "op": op, "pass": which, "dtype": dtype,
             "N": s.N, "C": s.C, "r": s.r, "tasks": s.tasks, "cache": "cold" if cold else "hot", "bytes": bill.bytes(s),
             "operations": bill.operations, "ceilings": ceilings, "share": share, "providers": found}

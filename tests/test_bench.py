@@ -71,23 +71,26 @@ def test_bytes_and_operations_are_the_formulas():
 
 
 def test_more_than_a_ceiling_fails_the_run():
-    def share(ours, ceiling, operations=1000):
-        return harness.below_the_ceilings("x", {"ceiling": {"us": ceiling}, "ours": {"us": ours}, "eager": {"us": [90, 91, 92]}}, operations, 1.0)
+    def share(ours, ceiling, operations=1000, **more):
+        found = {"ceiling": {"us": ceiling}, "ours": {"us": ours}, "eager": {"us": [90, 91, 92]}}
+        return harness.below_the_ceilings("x", found, operations, 1.0, **more)
     assert share([10, 11, 12], [5, 6, 7]) == pytest.approx(6 / 11, abs=1e-3)
     share([10, 11, 12], [11.5, 12, 12.5])                                 # within the noise
     with pytest.raises(harness.Wrong, match="x by ours: .* impossible"):
         share([10, 11, 12], [12.5, 13, 14])
     with pytest.raises(harness.Wrong, match="x by eager: .* impossible"):
         share([100, 110, 120], [95, 96, 97])
-    with pytest.raises(harness.Wrong, match="GFLOP/s"):
-        share([10, 11, 12], [5, 6, 7], 100_000)
+    assert share([10, 11, 12], [12.5, 13, 14], single=False) > 1          # two passes, with what lies in the caches between them
+    for single in (True, False):
+        with pytest.raises(harness.Wrong, match="GFLOP/s"):
+            share([10, 11, 12], [5, 6, 7], 100_000, single=single)
 
 
 def test_the_stream_moves_what_it_says():
     """Its own peak of results is 0: it writes into memory that is there."""
     for reads, writes, around in ((100, 100, True), (100, 100, False), (200, 100, True), (300, 200, True), (100, 400, False), (1000, 100, True)):
         with harness.Counter() as count:
-            run = harness.stream(reads, writes, torch.float32, "cpu", around)
+            run = harness.stream(reads, writes, torch.randn(reads), around)
         made = count.launches
         with harness.Counter() as count:
             run()
@@ -95,14 +98,15 @@ def test_the_stream_moves_what_it_says():
 
 
 @pytest.mark.skipif(not harness.native(), reason="no C++ compiler")
+@pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("n", [0, 1, 15, 16, 17, 40, 1000])
-def test_the_ceilings_loops_do_all_of_their_work_and_no_more(n):
+def test_the_ceilings_loops_do_all_of_their_work_and_no_more(n, threads):
     """A loop that left out its tail, or half of its additions, would be a ceiling that nothing can reach."""
     numbers = torch.Generator().manual_seed(n)
     a, b = (torch.randint(-2 ** 31, 2 ** 31, (n,), dtype=torch.int32, generator=numbers) for _ in range(2))
     for name, sources, expected in (("clear", (), torch.zeros_like(a)), ("copy", (a,), a), ("sum", (a, b), a + b)):
         out = harness.large_pages(n + 16, torch.int32).fill_(7)
-        getattr(harness.native(), name)(*(x.data_ptr() for x in sources), out.data_ptr(), n)
+        getattr(harness.native(), name)(*(x.data_ptr() for x in sources), out.data_ptr(), n, threads)
         assert torch.equal(out[:n], expected) and out[n:].eq(7).all(), name
     chains = (j * 0.5 ** n + 2 - 2 * 0.5 ** n for j in range(16))         # x → x / 2 + 1, n times from j on
     assert harness.native().multiply_adds(n) == pytest.approx(sum(chains))

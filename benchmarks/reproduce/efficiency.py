@@ -18,8 +18,10 @@ CLAIM = Claim(
     "sets: LoReFT 42.6, LoRA 46.9. Instructions, Alpaca-Eval: LoReFT 85.60 (0.0039 %), RED 81.69, LoRA 81.48 (0.1245 %), full 80.93.",
     "The base here has 1.8 million parameters and a world of some hundred words, so 8,000 trained numbers are 0.5 % of it and not 0.03 %: a rank-4 "
     "edit of 128 channels is no longer small. Facts and steering are chosen so that the base has the skill already and must only be told to use it, "
-    "as large bases mostly have; where it must learn to compute, edits of the prompt should do worse, as in the paper's arithmetic. The "
-    "experiment that would tell: the same grid on a base of some hundred million parameters, with ranks from 1 up.",
+    "as large bases mostly have; where it must learn to compute, edits of the prompt should do worse, as in the paper's arithmetic. Steering asks "
+    "for three to five words in another order: an edit that ends with the prompt must lay all of that down before the first word, while LoRA and its kin also act on "
+    "every word they write. The experiment that would tell: the same grid with edits of generated tokens too, and on a base of some hundred million parameters, "
+    "with ranks from 1 up.",
     (("shipped", "steering"), ("sister", "steering"), ("shipped", "facts"), ("shipped", "arithmetic"), ("shipped", "instructions"),
      ("shipped", "mood"), ("sister", "facts"), ("stories260K", "speech")),
     {method: (0.0,) if method in UNTRAINED else RATES for method in METHODS},
