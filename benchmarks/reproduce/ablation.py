@@ -38,8 +38,9 @@ def verdict(found):
 CLAIM = Claim(
     "ablation", "What matters is that the edit depends on the state; subtracting Rh and orthogonality matter little",
     "Arithmetic, LLaMA-7B, mean of 4 sets: Rᵀb 31.3; Rᵀ(b − Rh) 37.1; Rᵀ(Wh + b) 42.9; NoReFT 42.4; LoReFT 42.6.",
-    "Steering asks for the same change of every prompt, so that writing constants into a subspace, Rᵀ(b − Rh), may do there what on arithmetic needs "
-    "an edit that depends on the state; adding a constant, Rᵀb, leaves what stood there. The two constant formulas prefer the grid's highest rate, "
-    "so a higher one might help them. The experiment that would tell: the arithmetic units beside steering, then the five formulas at growing width with r fixed.",
+    "Steering asks for the same change of every prompt, so that writing constants into a subspace, Rᵀ(b − Rh), does there what on arithmetic needs an edit that "
+    "depends on the state; adding a constant, Rᵀb, leaves what stood there. On arithmetic runs differ so much by seed that five of them cannot place the middle "
+    "three. The constant formulas mostly prefer the grid's highest rate, so a higher one might help them. The experiment that would tell: more seeds and steps on "
+    "arithmetic, then the five formulas at growing width with r fixed.",
     (("shipped", "steering"), ("shipped", "facts"), ("shipped", "arithmetic"), ("sister", "steering")), {method: RATES for method in FORMULAS},
     measure, examples, verdict, reference="LoReFT")
