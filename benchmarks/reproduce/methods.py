@@ -45,7 +45,7 @@ METHODS = {                             # method → what stands on the model
     "full": lambda m: []}
 UNTRAINED = ("frozen", "in context")
 TRAINED = {"steering": (32, 100), "speech": (256, 60)}                   # task → (training examples, steps); others (600, 150)
-WORDS = 40                              # tokens that a story goes on for
+MORE = {"speech": 40}                   # task → tokens that may be written beyond the right answer, which a story has none of; others 6
 
 
 # ---- bases and tasks
@@ -118,17 +118,13 @@ def training_set(task: str, seed: int, count: int) -> list[Example]:
 
 def accuracy(model, tokenizer, task: str, asked: list[Example], originals: list[Example]) -> float:
     """The share of right answers, written greedily: exactly the completion, or an instruction obeyed, or somebody speaks."""
-    longest = longest_answer(task, tokenizer, originals)
+    longest = max(len(tokenizer.encode(e.completion)) for e in originals) + MORE.get(task, 6)
     prompts, written = [encode_prompt(tokenizer, e.prompt, model.config.context - 1) for e in asked], []
     for first in range(0, len(prompts), 64):
         written += generate_ids(model, prompts[first : first + 64], longest, tokenizer.eos_id)
     texts = [tokenizer.decode(ids) for ids in written]
     right = ['"' in text if task == "speech" else tasks.check(task, e, text) for e, text in zip(originals, texts)]
     return sum(right) / len(right)
-
-
-def longest_answer(task: str, tokenizer, items: list[Example]) -> int:
-    return WORDS if task == "speech" else max(len(tokenizer.encode(e.completion)) for e in items) + 6
 
 
 def score(base: str, task: str, method: str, lr: float, seed: int, items: list, scale, make=None) -> dict:
@@ -142,7 +138,7 @@ def score(base: str, task: str, method: str, lr: float, seed: int, items: list, 
     prepared = virtual.examples if virtual else list
     asked = items
     if method == "in context":                                            # as many as fit, with room for an answer that is too long
-        room = model.config.context - (WORDS if task == "speech" else 6)
+        room = model.config.context - MORE.get(task, 6)
         asked = [few_shot.in_context(replace(e, choices=(e.completion,)), train, tokenizer, room) for e in items]
     diverged = False
     if method not in UNTRAINED:

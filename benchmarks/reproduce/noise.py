@@ -95,7 +95,8 @@ def verdict(found):
                                  ("length of answers, in words,", "length", "more"), ("repetition of 2-grams", "repetition", "same"), ("share of true statements", "truth", "more")):
         lines += differences(found, f"{what} with uniform noise", ("uniform noise", "nothing"), expected, name)
     for other in list(ARMS)[2:]:
-        lines += differences(found, f"loss on the test items with uniform noise less that with {other}", ("uniform noise", other), "less", "loss")
+        lines += differences(found, f"loss on the test items with uniform noise less that with {other}", ("uniform noise", other),
+                             "less" if other == "Gaussian noise" else "", "loss")
         lines += differences(found, f"length of answers with uniform noise less that with {other}", ("uniform noise", other), "", "length")
     return lines
 
