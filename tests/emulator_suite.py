@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, C width, r rank, P positions, K banks.
 """
 
 import mmap
+from contextlib import nullcontext
 
 import torch
 
@@ -222,32 +223,34 @@ def edit_positions_rule(emulator):
         assert all(torch.equal(a, b) for a, b in zip(*results)), "repeated or impossible positions are not ignored"
 
 
+def same_with_banks(emulator, B, T, C, r, dtype, w, K, positions, tasks, backward_under=nullcontext):
+    """Forward and backward with K banks against the reference; δ of the rows that nobody edits is 0."""
+    h, g, banks = rows(B, T, C, dtype), rows(B, T, C, dtype), weights(C, r, w, K)
+    out, delta, saved = emulator.low_rank_edit(h, *banks, positions, tasks)
+    what = f"banks {B, T, C, r}"
+    same(out, lambda h, *banks: reference.low_rank_edit_at(h, positions, *banks, tasks), dtype, h, *banks, what=what)
+    left = (positions < 0) | ((tasks[:, None] if tasks.dim() == 1 else tasks) < 0)
+    assert (delta.view(*positions.shape, r)[left] == 0).all(), "δ of rows that are not edited must be 0"
+    with backward_under():
+        gradients = emulator.low_rank_edit_backward(g, None, saved, delta, *banks[:2], positions, tasks)
+    same(
+        gradients,
+        lambda g, h, *banks: reference.low_rank_edit_at_backward(g, h, positions, *banks, tasks),
+        dtype,
+        g,
+        h,
+        *banks,
+        what=f"{what} backward",
+    )
+
+
 @check
 def edit_banks(emulator):
     K, positions = 3, torch.tensor([[0, 3, 2], [4, -1, 1], [1, 2, 0]])
     for dtype, w in PAIRS:
         for tasks in (torch.tensor([2, -1, 0]), torch.tensor([[0, 1, 2], [-1, 0, 2], [1, -1, 1]])):
             for C, r in [(64, 4), (33, 17), (72, 17)]:
-                h, g, banks = rows(3, 5, C, dtype), rows(3, 5, C, dtype), weights(C, r, w, K)
-                out, delta, saved = emulator.low_rank_edit(h, *banks, positions, tasks)
-                same(
-                    out,
-                    lambda h, *banks: reference.low_rank_edit_at(h, positions, *banks, tasks),
-                    dtype,
-                    h,
-                    *banks,
-                    what=f"banks {C, r}",
-                )
-                gradients = emulator.low_rank_edit_backward(g, None, saved, delta, *banks[:2], positions, tasks)
-                same(
-                    gradients,
-                    lambda g, h, *banks: reference.low_rank_edit_at_backward(g, h, positions, *banks, tasks),
-                    dtype,
-                    g,
-                    h,
-                    *banks,
-                    what=f"banks backward {C, r}",
-                )
+                same_with_banks(emulator, 3, 5, C, r, dtype, w, K, positions, tasks)
     for dtype, r in [(F32, 4), (BF16, 16)]:
         h, banks = rows(3, 5, 64, dtype), weights(64, r, F32, K)
         for tasks in (torch.tensor([3, 0, 1]), torch.tensor([[2, 3, 1], [0, 0, 1], [2, 1, 2]])):
@@ -267,29 +270,7 @@ def edit_banks_long(emulator):
     positions[1, 5:24] = -1
     for dtype, r in [(F32, 4), (BF16, 16)]:
         for tasks in (torch.tensor([2, 0, -1]), torch.randint(-1, K, (B, P)), torch.arange(P).expand(B, P) // 18):
-            h, g, banks = rows(B, T, 64, dtype), rows(B, T, 64, dtype), weights(64, r, F32, K)
-            out, delta, saved = emulator.low_rank_edit(h, *banks, positions, tasks)
-            same(
-                out,
-                lambda h, *banks: reference.low_rank_edit_at(h, positions, *banks, tasks),
-                dtype,
-                h,
-                *banks,
-                what=f"long banks {r}",
-            )
-            left = (positions < 0) | ((tasks[:, None] if tasks.dim() == 1 else tasks) < 0)
-            assert (delta.view(B, P, r)[left] == 0).all(), "δ of rows that are not edited must be 0"
-            with emulator.counting(96 << 10):
-                gradients = emulator.low_rank_edit_backward(g, None, saved, delta, *banks[:2], positions, tasks)
-            same(
-                gradients,
-                lambda g, h, *banks: reference.low_rank_edit_at_backward(g, h, positions, *banks, tasks),
-                dtype,
-                g,
-                h,
-                *banks,
-                what=f"long banks backward {r}",
-            )
+            same_with_banks(emulator, B, T, 64, r, dtype, F32, K, positions, tasks, lambda: emulator.counting(96 << 10))
 
 
 @check
