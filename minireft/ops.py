@@ -132,7 +132,8 @@ def low_rank_edit(h: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> Tensor:
     """h + (h downᵀ + bias) up, on every row.  h (..., C), down and up (r, C), bias (r,) → (..., C), contiguous.
 
     Equal to `torch.addmm(h, torch.addmm(bias, h, down.T), up)` for h (N, C), in one pass over memory; and on the CPU it is
-    that where BLAS is faster: in bfloat16 at ranks of 32 and more while h stays in cache, by shape and dtype alone.
+    that where BLAS is faster: in bfloat16 at ranks of 32 and more while h is narrow and stays in cache, by shape and dtype
+    alone.  There too, float32 weights of bfloat16 rows are rounded from rank 16 on where the processor multiplies such pairs.
     Raises ValueError naming the argument when a shape, dtype or device does not fit.
     """
     library = _library(h)
@@ -150,13 +151,13 @@ def low_rank_edit(h: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> Tensor:
 
 
 def _blas_is_faster(h: Tensor, down: Tensor) -> bool:
-    """By shape and dtype alone, on the CPU, as measured on a Zen 5: bfloat16 throughout, in cache, at high ranks."""
+    """By shape and dtype alone, on the CPU, as measured on a Zen 5: bfloat16 throughout, narrow rows in cache, at high ranks."""
     if h.dim() < 1 or down.dim() != 2:                                     # the kernels say what is wrong
         return False
     if h.device.type != "cpu" or not h.dtype is down.dtype is torch.bfloat16 or _forced is not None:
         return False
-    few = 32 if h.shape[-1] < 1024 else 48
-    return down.shape[0] >= few and 2 ** 17 < h.numel() <= 2 ** 22 and not torch.is_autocast_enabled("cpu")
+    return (down.shape[0] >= 32 and h.shape[-1] < 1024 and 2 ** 17 < h.numel() <= 2 ** 22
+            and not torch.is_autocast_enabled("cpu"))
 
 
 class _LowRankEdit(torch.autograd.Function):

@@ -188,7 +188,7 @@ def test_results_written_past_the_caches_have_the_bits_of_small_ones(backend, dt
         assert all(torch.equal(whole, torch.cat(parts)) for whole, *parts in zip(all_of(h, g, up), *halves))
 
 
-@pytest.mark.parametrize("N, C, r, dtype", [(514, 264, 32, "bfloat16"), (130, 1032, 48, "bfloat16")])
+@pytest.mark.parametrize("N, C, r, dtype", [(514, 264, 32, "bfloat16"), (200, 1016, 48, "bfloat16")])
 def test_where_blas_is_faster_the_values_stay(N, C, r, dtype):
     """Without a forced backend: what stays in cache at high ranks."""
     torch.manual_seed(0)
@@ -202,6 +202,23 @@ def test_where_blas_is_faster_the_values_stay(N, C, r, dtype):
         assert_close(got[n], plain[n], truth[n], magnitude[n])
     with pytest.raises(ValueError, match="bias must have shape"):
         ops.low_rank_edit(*(case.arguments[n] for n in ("h", "down", "up")), torch.randn(r + 1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:1])
+@pytest.mark.parametrize("N, C, r", [(260, 1031, 33), (300, 4096, 64), (257, 130, 48), (300, 258, 17)])
+@pytest.mark.parametrize("dtype, weights", [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16"), ("float16", "float32")])
+def test_many_ranks_are_as_exact_as_few(backend, N, C, r, dtype, weights):
+    """Ranks in lanes, in sums of sums: the CPU's own way from twice a vector's ranks on, for 256 rows and more; and the pairs."""
+    torch.manual_seed(0)
+    case = Case(OPERATIONS["low_rank_edit"], {"h": torch.randn(1, N, C).to(getattr(torch, dtype)), **{
+        name: w.to(getattr(torch, weights)) for name, w in (
+            ("down", torch.randn(r, C) / C ** 0.5), ("up", torch.randn(r, C) / C ** 0.5), ("bias", torch.randn(r)))}})
+    with ops.use(backend):
+        got = dict(zip(["out"], case.run(ops)[0])) | case.gradients(ops)
+    plain, truth = (dict(zip(["out"], c.run(m)[0])) | c.gradients(m) for c, m in (
+        (case, "plain"), (case.to(dtype=torch.float64), reference)))
+    for n in got:
+        assert_close(got[n], plain[n], truth[n], magnitude=torch.zeros(()))                     # plain PyTorch is not exact here
 
 
 @backends

@@ -15,35 +15,35 @@ void forward(const Edit& e, const EditForward& f) {
   using F = wide<T>;
   using M = multiplier<W>;
   const int64_t C = e.C, r = e.r, N = e.B * e.P, n_units = units<M>(r);
-  const Wide<W> D(f.down, e.weight_dtype, e.K * r * C), A(f.up, e.weight_dtype, e.K * r * C);
-  const Wide<F> b(f.bias, e.weight_dtype, e.K * r);
   if (f.delta && (e.positions.data || e.tasks.data)) std::fill_n((F*)f.delta, N * r, F(0));
   // Four rows at a time while D and A fit in a core's cache, otherwise more rows share one reading of them.
-  const int64_t tile = 2 * r * C * sizeof(W) <= (512 << 10) ? ROWS : 16, width = VECTORS * lanes<T>;
+  const int64_t tile = r < 32 && 2 * r * C * sizeof(W) <= (512 << 10) ? ROWS : 16, width = VECTORS * lanes<T>;
   const bool past = f.out.data != f.h.data && streams<T>(f.out, N, C);
   for (const Group& group : group_rows(e)) {
-    const W* down = D.data + group.bank * r * C;
-    const F* bias = b.data + group.bank * r;
-    const std::vector<M> up = packed<M>(A.data + group.bank * r * C, C, r);
+    const int64_t first = group.bank * r * C;
+    const Weights<W> D(f.down, e.weight_dtype, r * C, first), A(f.up, e.weight_dtype, r * C, first);
+    const Weights<F> bias(f.bias, e.weight_dtype, r, group.bank * r);
+    const Dots<T, W> dots(D.data, C, r, group.count);
+    const array<M> up = packed<M>(A.data, C, r);
     constexpr int64_t PIECE = 16;
     parallel((group.count + PIECE - 1) / PIECE, [&](int64_t piece) {
-      std::vector<F> delta(tile * r);
-      std::vector<M> space(tile * n_units);
+      array<F> delta(tile * r);
+      array<M> space(tile * n_units);
       const int64_t end = std::min((piece + 1) * PIECE, group.count);
       for (int64_t begin = piece * PIECE; begin < end; begin += tile) {
         const T* x[PIECE];
         T* out[PIECE];
-        const T* next[ROWS];
+        const T* next[PIECE];
         const int64_t rows = std::min(tile, end - begin);
-        for (int i = 0; i < ROWS; ++i) next[i] = row<T>(e, f.h, group[std::min(begin + ROWS + i, group.count - 1)]);
+        for (int64_t i = 0; i < rows; ++i) next[i] = row<T>(e, f.h, group[std::min(begin + tile + i, group.count - 1)]);
         for (int64_t i = 0; i < rows; ++i) {
           const int64_t n = group[begin + i];
           x[i] = row<T>(e, f.h, n), out[i] = row<T>(e, f.out, n);
           if (f.rows) std::memcpy((T*)f.rows + n * C, x[i], C * sizeof(T));
         }
-        dots<T>(x, rows, down, C, r, delta.data());
+        dots(x, rows, delta.data());
         for (int64_t i = 0; i < rows; ++i) {
-          for (int64_t k = 0; k < r; ++k) delta[i * r + k] += bias[k];
+          for (int64_t k = 0; k < r; ++k) delta[i * r + k] += bias.data[k];
           if (f.delta) std::copy_n(&delta[i * r], r, (F*)f.delta + group[begin + i] * r);
         }
         const M* factors = of_ranks<M>(delta.data(), rows, r, space);
@@ -51,7 +51,7 @@ void forward(const Edit& e, const EditForward& f) {
         for (int64_t c = 0; c < C; c += step)
           in_groups<ROWS>(rows, [&](int64_t i, auto R) {
             add_products<T, M, R>(x + i, out + i, factors + i * n_units, up.data(), n_units, c, std::min(c + step, C),
-                                  rows > ROWS ? nullptr : next, past);
+                                  next + i, past);
           });
       }
       if (past) fence();
@@ -62,7 +62,7 @@ void forward(const Edit& e, const EditForward& f) {
 }  // namespace
 
 const char* low_rank_edit(const Edit& e, const EditForward& f, void*) {
-  with_types(e.dtype, e.weight_dtype, [&](auto t, auto w) { forward<decltype(t), decltype(w)>(e, f); });
+  with_types(e, [&](auto t, auto w) { forward<decltype(t), decltype(w)>(e, f); });
   return nullptr;
 }
 

@@ -15,7 +15,6 @@ void backward(const Edit& e, const EditBackward& f) {
   using F = wide<T>;
   using M = multiplier<W>;
   const int64_t C = e.C, r = e.r, n_units = units<M>(r);
-  const Wide<W> D(f.down, e.weight_dtype, e.K * r * C), A(f.up, e.weight_dtype, e.K * r * C);
   const bool want_weights = f.ddown, want_h = f.dh.data, past = want_h && streams<T>(f.dh, e.B * e.P, C);
   if (want_weights)
     with_type(e.weight_dtype, [&](auto t) {
@@ -26,34 +25,44 @@ void backward(const Edit& e, const EditBackward& f) {
   // Where D, dD and dA fit in a core's cache, a tile is one pass over whole rows, read in memory's order; otherwise many rows
   // share a block of columns, whose weights then stay in cache.
   const bool small = 3 * r * C * sizeof(F) <= (512 << 10);
+  // Rows shorter than a page end before the processor's own prefetching has got going: where they come from memory, the next
+  // tile's are asked for.
+  const bool ahead = small && C * sizeof(T) <= 4096 && e.B * e.P * C * sizeof(T) >= (4 << 20);
   const int64_t tile = small ? GROUP : WIDE_TILE, L = lanes<F>;
-  const int64_t width = small ? C : std::max<int64_t>(4 * L, (64 << 10) / (r * sizeof(F)) / L * L);
+  const int64_t width = small ? C : std::max<int64_t>(4 * L, (128 << 10) / (r * sizeof(F)) / L * L);
   for (const Group& group : group_rows(e)) {
-    const W* up = A.data + group.bank * r * C;
-    const std::vector<M> down = want_h ? packed<M>(D.data + group.bank * r * C, C, r) : std::vector<M>();
+    const int64_t first = group.bank * r * C;
+    const Weights<W> D(f.down, e.weight_dtype, r * C, first), A(f.up, e.weight_dtype, r * C, first);
+    const Dots<T, W> dots(A.data, C, r, group.count);
+    const array<M> down = want_h ? packed<M>(D.data, C, r) : array<M>();
     // Pieces of rows, each with its own sums, added up in their order: the sizes alone decide how many.
     const int64_t size = packed_size<F>(C, r), stride = want_weights ? 2 * size + (r + L - 1) / L * L : 0;
     const int64_t least = std::clamp<int64_t>(32 * r, 64, 256);
     const int64_t most = std::clamp<int64_t>((8 << 20) / (int64_t)(sizeof(F) * (stride + 1)), 1, 16);
     const int64_t pieces = std::clamp<int64_t>(group.count / least, 1, most);
-    std::vector<F> sums(pieces * stride);
+    array<F> sums(pieces * stride);
     parallel(pieces, [&](int64_t piece) {
-      std::vector<F> u(tile * r), delta(tile * r);
-      std::vector<M> by_rank(tile * n_units), by_row(tile * r), delta_by_row(tile * r);
+      array<F> u(tile * r), delta(tile * r);
+      array<M> by_rank(tile * n_units), by_row(tile * r), delta_by_row(tile * r);
       F *dD = sums.data() + piece * stride, *dA = dD + size, *db = dA + size;
       const int64_t end = group.count * (piece + 1) / pieces;
       for (int64_t begin = group.count * piece / pieces; begin < end; begin += tile) {
         const int64_t rows = std::min<int64_t>(tile, end - begin);
-        const T *g[WIDE_TILE], *h[WIDE_TILE];
+        const T *g[WIDE_TILE], *h[WIDE_TILE], *next[2 * GROUP];
         T* dh[WIDE_TILE];
+        const auto g_row = [&](int64_t n) -> const T* { return row<T>(e, f.g, n); };
+        const auto h_row = [&](int64_t n) -> const T* { return f.rows ? (const T*)f.rows + n * C : row<T>(e, f.h, n); };
         for (int64_t i = 0; i < rows; ++i) {
           const int64_t n = group[begin + i];
-          g[i] = row<T>(e, f.g, n);
-          h[i] = f.rows ? (const T*)f.rows + n * C : row<T>(e, f.h, n);
+          g[i] = g_row(n), h[i] = h_row(n);
           if (want_h) dh[i] = row<T>(e, f.dh, n);
+          if (ahead) {
+            const int64_t m = group[std::min(begin + tile + i, group.count - 1)];
+            next[2 * i] = g_row(m), next[2 * i + 1] = h_row(m);
+          }
           std::copy_n((const F*)f.delta + n * r, r, &delta[i * r]);
         }
-        dots<T>(g, rows, up, C, r, u.data());
+        dots(g, rows, u.data());
         if (want_weights)
           for (int64_t i = 0; i < rows; ++i)
             for (int64_t k = 0; k < r; ++k) db[k] += u[i * r + k];
@@ -64,7 +73,7 @@ void backward(const Edit& e, const EditBackward& f) {
             const auto pass = [&](auto H, auto G) {
               gradients<T, M, R, H.value, G.value>(g + i, h + i, dh + i, u_ranks + i * n_units, u_rows + i / per<M> * r,
                                                    delta_rows + i / per<M> * r, down.data(), dD, dA, r, c, std::min(c + width, C),
-                                                   past);
+                                                   ahead ? next + 2 * i : nullptr, past);
             };
             if (want_h && want_weights) pass(std::true_type{}, std::true_type{});
             else if (want_h) pass(std::true_type{}, std::false_type{});
@@ -90,7 +99,7 @@ void backward(const Edit& e, const EditBackward& f) {
 }  // namespace
 
 const char* low_rank_edit_backward(const Edit& e, const EditBackward& f, void*) {
-  with_types(e.dtype, e.weight_dtype, [&](auto t, auto w) { backward<decltype(t), decltype(w)>(e, f); });
+  with_types(e, [&](auto t, auto w) { backward<decltype(t), decltype(w)>(e, f); });
   return nullptr;
 }
 

@@ -1,8 +1,8 @@
 // The products of a low-rank edit on tiles of rows: x · Wᵀ forward, x + f W after it, and in backward both with the sums over
 // rows that are the gradients of the weights. Accumulators, 4 rows × 4 ranks or 4 rows × 4 vectors, stay in registers.
-// T is what rows are stored in; M, a multiplier, is float (or double), or a pair of bfloat16 where rows and weights are such
-// and the processor multiplies pairs: twice the products an instruction, each exact, added in float. Only the factors δ and u
-// are rounded to bfloat16 for it, as plain PyTorch rounds them between its two matrix products.
+// T is what rows are stored in; M, a multiplier, is float (or double), or a pair of bfloat16 where rows are such and the
+// processor multiplies pairs: twice the products an instruction, each exact, added in float. The factors δ and u, and weights
+// in float, are rounded to bfloat16 for it, as plain PyTorch rounds them for its two matrix products; what is saved is not.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -13,6 +13,7 @@ namespace minireft::cpu {
 
 constexpr int ROWS = 4, VECTORS = 4;                                     // rows × ranks of accumulators in dots:
 template <class T> constexpr int ranks = lanes<T> >= 16 ? 4 : 2;           // as many as registers allow, and lanes to sum them
+template <class W> using multiplier = std::conditional_t<std::is_same_v<W, bf16>, pair, W>;
 template <class M> constexpr int per = std::is_same_v<M, pair> ? 2 : 1;    // numbers in a multiplier
 template <class M> int64_t units(int64_t r) { return (r + per<M> - 1) / per<M>; }
 
@@ -54,13 +55,66 @@ void dot_block(const T* const* x, const W* w, int64_t C, wide<T>* out, int64_t r
     }
 }
 
-// out[i][k] = x[i] · W[k] for all rows of a tile and all r ranks: each rank's weights are read once a tile.
-template <class T, class W>
-void dots(const T* const* x, int64_t rows, const W* w, int64_t C, int64_t r, wide<T>* out) {
-  in_groups<ranks<T>>(r, [&](int64_t k, auto Q) {
-    in_groups<ROWS>(rows, [&](int64_t i, auto R) { dot_block<T, W, R, Q>(x + i, w + k * C, C, out + i * r + k, r); });
-  });
+// The same with ranks in lanes and a row's numbers broadcast: nothing is left to be added across lanes. W is in panels, one
+// for each vector of ranks: number (or pair) j of a row's n meets what is at (k / lanes * n + j) * lanes. Adds numbers
+// begin … end to out, or sets it for the first; of Q vectors of ranks `left` are real.
+template <class M, int R, int Q, class F>
+void rank_block(const M* const* x, const M* W, int64_t n, int64_t begin, int64_t end, F* out, int64_t r, int64_t left) {
+  constexpr int64_t L = lanes<F>;
+  vec<F> acc[R][Q] = {};
+  for (int64_t j = begin; j < end; ++j) {
+    decltype(load(W)) w[Q];
+    for (int q = 0; q < Q; ++q) w[q] = load(W + (q * n + j) * L), hold(w[q]);
+    for (int i = 0; i < R; ++i)
+      for (int q = 0; q < Q; ++q) acc[i][q] = add_product(acc[i][q], x[i][j], w[q]);
+  }
+  for (int i = 0; i < R; ++i)
+    for (int q = 0; q < Q; ++q) {
+      F* to = out + i * r + q * L;
+      const int64_t count = left - q * L;
+      if (count >= L) store(to, begin ? load(to) + acc[i][q] : acc[i][q]);
+      else store(to, begin ? load(to, count) + acc[i][q] : acc[i][q], count);
+    }
 }
+
+// out[i][k] = x[i] · W[k] for all rows of a tile and all r ranks. Many ranks go in lanes, if as many rows as `count` pay for the
+// panels, and rows need no conversion; few are read as they lie, each rank's weights once a tile.
+template <class T, class W>
+class Dots {
+  using M = multiplier<W>;
+  static constexpr bool DIRECT = std::is_same_v<T, W>;
+  static constexpr int64_t L = lanes<T>, PART = 64;  // numbers in one sum: a long one would lose digits that plain PyTorch keeps
+  const W* w_;
+  int64_t C_, r_;
+  array<M> panels_;
+
+ public:
+  Dots(const W* w, int64_t C, int64_t r, int64_t count) : w_(w), C_(C), r_(r) {
+    if (!DIRECT || r < 2 * L || count < 256 || C % per<M>) return;
+    const int64_t n = C / per<M>;
+    panels_.resize((r + L - 1) / L * L * n);
+    for (int64_t k0 = 0; k0 < r; k0 += L)
+      for (int64_t j = 0; j < n; ++j)
+        for (int64_t k = k0; k < std::min(k0 + L, r); ++k) panels_[k0 * n + j * L + k - k0] = read<M>(w + k * C + j * per<M>);
+  }
+
+  void operator()(const T* const* x, int64_t rows, wide<T>* out) const {
+    if constexpr (DIRECT)
+      if (!panels_.empty()) {
+        const int64_t n = C_ / per<M>;
+        return in_groups<2>((r_ + L - 1) / L, [&](int64_t p, auto Q) {
+          in_groups<16 / Q>(rows, [&](int64_t i, auto R) {
+            for (int64_t j = 0; j < n; j += PART)
+              rank_block<M, R, Q>((const M* const*)x + i, &panels_[p * n * L], n, j, std::min(j + PART, n), out + i * r_ + p * L,
+                                  r_, r_ - p * L);
+          });
+        });
+      }
+    in_groups<ranks<T>>(r_, [&](int64_t k, auto Q) {
+      in_groups<ROWS>(rows, [&](int64_t i, auto R) { dot_block<T, W, R, Q>(x + i, w_ + k * C_, C_, out + i * r_ + k, r_); });
+    });
+  }
+};
 
 // ---- weights and factors as multipliers ----------------------------------------------------------------------------------
 
@@ -69,8 +123,8 @@ void dots(const T* const* x, int64_t rows, const W* w, int64_t C, int64_t r, wid
 template <class M> int64_t packed_size(int64_t C, int64_t n) { return (C + lanes<M> - 1) / lanes<M> * lanes<M> * n; }
 
 template <class M, class W>
-std::vector<M> packed(const W* w, int64_t C, int64_t r) {
-  std::vector<M> all(packed_size<M>(C, units<M>(r)));
+array<M> packed(const W* w, int64_t C, int64_t r) {
+  array<M> all(packed_size<M>(C, units<M>(r)));
   M* to = all.data();
   over_row<W>(C, [&](int64_t c, auto load, auto store) {
     for (int64_t k = 0; k < r; k += per<M>, to += lanes<M>) {
@@ -91,22 +145,38 @@ void unpack(const F* from, W* w, int64_t C, int64_t r) {
 
 // Factors (rows, r) as multipliers of weights, (rows, units), and of rows, (rows or pairs of rows, r).
 template <class M, class F>
-const M* of_ranks(const F* f, int64_t rows, int64_t r, std::vector<M>& space) {
+const M* of_ranks(const F* f, int64_t rows, int64_t r, array<M>& space) {
   if constexpr (per<M> == 1) return f;
   else {
-    for (int64_t i = 0, j = 0; i < rows; ++i)
-      for (int64_t k = 0; k < r; k += 2) space[j++] = join(f[i * r + k], k + 1 < r ? f[i * r + k + 1] : 0);
+    if (r % 2 == 0) over_row<bf16>(rows * r, [&](int64_t k, auto load, auto store) { store((bf16*)space.data() + k, load(f + k)); });
+    else
+      for (int64_t i = 0, j = 0; i < rows; ++i)
+        for (int64_t k = 0; k < r; k += 2) space[j++] = join(f[i * r + k], k + 1 < r ? f[i * r + k + 1] : 0);
     return space.data();
   }
 }
 template <class M, class F>
-const M* of_rows(const F* f, int64_t rows, int64_t r, std::vector<M>& space) {
+const M* of_rows(const F* f, int64_t rows, int64_t r, array<M>& space) {
   if constexpr (per<M> == 1) return f;
   else {
     for (int64_t i = 0, j = 0; i < rows; i += 2)
       for (int64_t k = 0; k < r; ++k) space[j++] = join(f[i * r + k], i + 1 < rows ? f[(i + 1) * r + k] : 0);
     return space.data();
   }
+}
+
+// body(V, c, load, store) for columns begin … end, V vectors at a time, then one, then what is left of one.
+template <class T, int V, class Body>
+inline __attribute__((always_inline)) void in_vectors(int64_t begin, int64_t end, bool past, const Body& body) {
+  constexpr int64_t L = lanes<T>;
+  constexpr std::integral_constant<int, 1> one;
+  const auto whole_load = [](auto* p) __attribute__((always_inline)) { return load(p); };
+  const auto whole_store = [past](auto* p, auto v) __attribute__((always_inline)) { past ? stream(p, v) : store(p, v); };
+  int64_t c = begin;
+  for (; c + V * L <= end; c += V * L) body(std::integral_constant<int, V>{}, c, whole_load, whole_store);
+  for (; c + L <= end; c += L) body(one, c, whole_load, whole_store);
+  if (const int64_t rest = end - c)
+    body(one, c, [rest](auto* p) { return load(p, rest); }, [rest](auto* p, auto v) { store(p, v, rest); });
 }
 
 // ---- x + f W -------------------------------------------------------------------------------------------------------------
@@ -122,7 +192,7 @@ inline __attribute__((always_inline)) void add_block(const T* const* x, T* const
     for (int i = 0; i < R; ++i)
       for (int v = 0; v < V; v += 64 / (L * sizeof(T))) __builtin_prefetch(next[i] + c + v * L, 0, 2);
   for (int i = 0; i < R; ++i)
-    for (int v = 0; v < V; ++v) acc[i][v] = load_row(x[i] + c + v * L);
+    for (int v = 0; v < V; ++v) acc[i][v] = vec<T>{};
   W += c * n;
   for (int64_t k = 0; k < n; ++k) {
     decltype(load(W)) w[V];
@@ -131,82 +201,73 @@ inline __attribute__((always_inline)) void add_block(const T* const* x, T* const
       for (int v = 0; v < V; ++v) acc[i][v] = add_product(acc[i][v], f[i * n + k], w[v]);
   }
   for (int i = 0; i < R; ++i)
-    for (int v = 0; v < V; ++v) store_row(out[i] + c + v * L, acc[i][v]);
+    for (int v = 0; v < V; ++v) store_row(out[i] + c + v * L, load_row(x[i] + c + v * L) + acc[i][v]);  // x last: rounded once
 }
 
 // The same for columns begin … end of R rows, written past the caches or not.
 template <class T, class M, int R>
 void add_products(const T* const* x, T* const* out, const M* f, const M* W, int64_t n, int64_t begin, int64_t end,
                   const T* const* next, bool past) {
-  constexpr int64_t L = lanes<T>;
-  const auto whole_load = [](auto* p) __attribute__((always_inline)) { return load(p); };
-  const auto whole_store = [past](auto* p, auto v) __attribute__((always_inline)) { past ? stream(p, v) : store(p, v); };
-  int64_t c = begin;
-  for (; c + VECTORS * L <= end; c += VECTORS * L)
-    add_block<T, M, R, VECTORS>(x, out, f, W, n, c, whole_load, whole_store, next);
-  for (; c + L <= end; c += L) add_block<T, M, R, 1>(x, out, f, W, n, c, whole_load, whole_store, next);
-  if (const int64_t rest = end - c)
-    add_block<T, M, R, 1>(x, out, f, W, n, c, [rest](auto* p) { return load(p, rest); },
-                          [rest](auto* p, auto v) { store(p, v, rest); }, next);
+  in_vectors<T, VECTORS>(begin, end, past, [&](auto V, int64_t c, auto load_row, auto store_row) __attribute__((always_inline)) {
+    add_block<T, M, R, V>(x, out, f, W, n, c, load_row, store_row, next);
+  });
 }
 
 // ---- backward ------------------------------------------------------------------------------------------------------------
 
-// One pass over columns begin … end of R rows: dh = g + Dᵀu, dD += u hᵀ, dA += δ gᵀ. D, dD and dA are packed; u is given
-// as multipliers of D's ranks and, like δ, as multipliers of rows.
+// dh = g + Dᵀu, dD += u hᵀ, dA += δ gᵀ for R rows and V vectors of columns. D, dD and dA are packed; u is given as multipliers
+// of D's ranks and, like δ, as multipliers of rows. Meanwhile rows of g and h that come next, if any, are asked for.
+template <class T, class M, int R, int V, bool WANT_H, bool WANT_WEIGHTS, class Load, class Store>
+inline __attribute__((always_inline)) void gradient_block(
+    const T* const* g, const T* const* h, T* const* dh, const M* u_ranks, const M* u, const M* delta, const M* D, wide<T>* dD,
+    wide<T>* dA, int64_t r, int64_t c, Load load_row, Store store_row, const T* const* next) {
+  constexpr int64_t L = lanes<T>, J = (R + per<M> - 1) / per<M>;           // multipliers of rows: rows, or pairs of them
+  if (next)
+    for (int i = 0; i < 2 * R; ++i)
+      for (int v = 0; v < V; v += 64 / (L * sizeof(T))) __builtin_prefetch(next[i] + c + v * L, 0, 2);
+  if (WANT_WEIGHTS) {
+    const auto rows_of = [&](const T* const* x, int j, int64_t c) __attribute__((always_inline)) {
+      if constexpr (per<M> == 1) return load_row(x[j] + c);
+      else return join(load_row(x[2 * j] + c), 2 * j + 1 < R ? load_row(x[2 * j + 1] + c) : vec<T>{});
+    };
+    decltype(rows_of(g, 0, c)) gs[J][V], hs[J][V];
+    for (int j = 0; j < J; ++j)
+      for (int v = 0; v < V; ++v) gs[j][v] = rows_of(g, j, c + v * L), hs[j][v] = rows_of(h, j, c + v * L);
+    dD += c * r, dA += c * r;
+#pragma GCC unroll 2  // up to a third faster where bfloat16 rows are converted, the same elsewhere
+    for (int64_t k = 0; k < r; ++k) {
+      vec<T> down[V], up[V];
+      for (int v = 0; v < V; ++v) down[v] = load(dD + (v * r + k) * L), up[v] = load(dA + (v * r + k) * L);
+      for (int j = 0; j < J; ++j)
+        for (int v = 0; v < V; ++v) {
+          down[v] = add_product(down[v], u[j * r + k], hs[j][v]);
+          up[v] = add_product(up[v], delta[j * r + k], gs[j][v]);
+        }
+      for (int v = 0; v < V; ++v) store(dD + (v * r + k) * L, down[v]), store(dA + (v * r + k) * L, up[v]);
+    }
+  }
+  if (WANT_H) add_block<T, M, R, V>(g, dh, u_ranks, D, units<M>(r), c, load_row, store_row, nullptr);
+}
+
+// The same for columns begin … end. In pairs two vectors at a time are a cache line of each row: rows that lie a power of two
+// apart would throw the other half out before its turn.
 template <class T, class M, int R, bool WANT_H, bool WANT_WEIGHTS>
 void gradients(const T* const* g, const T* const* h, T* const* dh, const M* u_ranks, const M* u, const M* delta, const M* D,
-               wide<T>* dD, wide<T>* dA, int64_t r, int64_t begin, int64_t end, bool past) {
-  constexpr int64_t L = lanes<T>, J = (R + per<M> - 1) / per<M>;           // multipliers of rows: rows, or pairs of them
-  const int64_t n = units<M>(r);
-  D += begin * n, dD += begin * r, dA += begin * r;
-  const auto rows_of = [](const vec<T>* x, int j) __attribute__((always_inline)) {
-    if constexpr (per<M> == 1) return x[j];
-    else return join(x[2 * j], 2 * j + 1 < R ? x[2 * j + 1] : vec<T>{});
-  };
-  over_row<T>(end - begin, [&](int64_t c, auto load_row, auto store_row) __attribute__((always_inline)) {
-    vec<T> gs[R], hs[R];
-    for (int i = 0; i < R; ++i) {
-      gs[i] = load_row(g[i] + begin + c);
-      if (WANT_WEIGHTS) hs[i] = load_row(h[i] + begin + c);
-    }
-    if (WANT_WEIGHTS) {
-      decltype(rows_of(gs, 0)) gj[J], hj[J];
-      for (int j = 0; j < J; ++j) gj[j] = rows_of(gs, j), hj[j] = rows_of(hs, j);
-#pragma GCC unroll 2  // up to a third faster where bfloat16 rows are converted, the same elsewhere
-      for (int64_t k = 0; k < r; ++k, dD += L, dA += L) {
-        vec<T> down = load(dD), up = load(dA);
-        for (int j = 0; j < J; ++j) down = add_product(down, u[j * r + k], hj[j]), up = add_product(up, delta[j * r + k], gj[j]);
-        store(dD, down), store(dA, up);
-      }
-    }
-    if (WANT_H) {
-#pragma GCC unroll 2
-      for (int64_t k = 0; k < n; ++k, D += L) {
-        auto w = load(D);
-        hold(w);
-        for (int i = 0; i < R; ++i) gs[i] = add_product(gs[i], u_ranks[i * n + k], w);
-      }
-      for (int i = 0; i < R; ++i) store_row(dh[i] + begin + c, gs[i], past);
-    }
+               wide<T>* dD, wide<T>* dA, int64_t r, int64_t begin, int64_t end, const T* const* next, bool past) {
+  in_vectors<T, per<M>>(begin, end, past, [&](auto V, int64_t c, auto load_row, auto store_row) __attribute__((always_inline)) {
+    gradient_block<T, M, R, V, WANT_H, WANT_WEIGHTS>(g, h, dh, u_ranks, u, delta, D, dD, dA, r, c, load_row, store_row, next);
   });
 }
 
 // ---- types ---------------------------------------------------------------------------------------------------------------
 
-template <>
-struct Wide<bf16> {  // weights that are multiplied in pairs, as they are
-  const bf16* data;
-  Wide(const void* weight, Dtype, int64_t) : data((const bf16*)weight) {}
-};
-
-// Calls body(T{}, W{}) for the types of rows and of weights, W as the products take it: bf16 in pairs, or the arithmetic's.
+// Calls body(T{}, W{}) for the type of an edit's rows and that of weights in its products: bf16 in pairs, or the arithmetic's.
+// Float weights of bfloat16 rows stay what they are at low ranks, where memory takes the time, and are rounded at high ones.
 template <class Body>
-void with_types(Dtype rows, Dtype weights, const Body& body) {
+void with_types(const Edit& e, const Body& body) {
   if constexpr (HAS_PAIRS)
-    if (rows == Dtype::bf16 && weights == Dtype::bf16) return body(bf16{}, bf16{});
-  with_type(rows, [&](auto t) { body(t, wide<decltype(t)>{}); });
+    if (e.dtype == Dtype::bf16 && (e.weight_dtype == Dtype::bf16 || e.r >= 16)) return body(bf16{}, bf16{});
+  with_type(e.dtype, [&](auto t) { body(t, wide<decltype(t)>{}); });
 }
-template <class W> using multiplier = std::conditional_t<std::is_same_v<W, bf16>, pair, W>;
 
 }  // namespace minireft::cpu

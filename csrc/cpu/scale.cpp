@@ -20,7 +20,7 @@ template <class F>
 struct Vectors {
   const Scale& z;
   const int64_t C;
-  const Wide<F> l;
+  const Weights<F> l;
   const std::vector<F> ones;
   Vectors(const Scale& z, const void* l, int64_t C) : z(z), C(C), l(l, z.weight_dtype, z.K * C), ones(z.tasks.data ? C : 0, F(1)) {}
   const F* operator[](int64_t b) const {
