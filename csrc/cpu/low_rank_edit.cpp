@@ -1,8 +1,8 @@
 // h + Aᵀ(D h + b) on the CPU, forward: the arithmetic behind LoReFT and DiReFT; products.h has the products.
 // Four rows at a time stay in cache between the two products. low_rank_edit_backward.cpp is its other half.
 // You should see it outrun addmm(h, D h + b, A) where N·C leaves the cache; benchmarks/results says where not. Two limits: at r = 1
-// both are bound by memory, and 5 passes over it to 2 (forward), 7 to 3 (backward), are 2.5 and 2.3 times; and with bfloat16 rows and
-// float32 weights products are float32's, half as many an instruction as of the pairs that eager rounds its weights to.
+// both are bound by memory, and 5 passes over it to 2 (forward), 7 to 3 (backward), are 2.5 and 2.3 times; from r = 32 on by
+// arithmetic, of which both do the same.
 #include "parallel.h"
 #include "products.h"
 #include "rows.h"
@@ -16,7 +16,7 @@ void forward(const Edit& e, const EditForward& f) {
   using M = multiplier<W>;
   const int64_t C = e.C, r = e.r, N = e.B * e.P, n_units = units<M>(r);
   if (f.delta && (e.positions.data || e.tasks.data)) std::fill_n((F*)f.delta, N * r, F(0));
-  // Four rows at a time while D and A fit in a core's cache, otherwise more rows share one reading of them.
+  // Four rows at a time while D and A fit in a core's cache and ranks are few, otherwise more rows share one reading of them.
   const int64_t tile = r < 32 && 2 * r * C * sizeof(W) <= (512 << 10) ? ROWS : 16, width = VECTORS * lanes<T>;
   const bool past = f.out.data != f.h.data && streams<T>(f.out, N, C);
   for (const Group& group : group_rows(e)) {

@@ -64,8 +64,11 @@ void backward(const Edit& e, const EditBackward& f) {
         }
         dots(g, rows, u.data());
         if (want_weights)
-          for (int64_t i = 0; i < rows; ++i)
-            for (int64_t k = 0; k < r; ++k) db[k] += u[i * r + k];
+          for (int64_t k = 0; k < r; ++k) {
+            F sum = 0;
+            for (int64_t i = 0; i < rows; ++i) sum += u[i * r + k];
+            db[k] += sum;
+          }
         const M *u_ranks = of_ranks<M>(u.data(), rows, r, by_rank), *u_rows = of_rows<M>(u.data(), rows, r, by_row);
         const M* delta_rows = of_rows<M>(delta.data(), rows, r, delta_by_row);
         for (int64_t c = 0; c < C; c += width)

@@ -103,7 +103,7 @@ class Dots {
       if (!panels_.empty()) {
         const int64_t n = C_ / per<M>;
         return in_groups<2>((r_ + L - 1) / L, [&](int64_t p, auto Q) {
-          in_groups<16 / Q>(rows, [&](int64_t i, auto R) {
+          in_groups<ROWS * ranks<T> / Q>(rows, [&](int64_t i, auto R) {
             for (int64_t j = 0; j < n; j += PART)
               rank_block<M, R, Q>((const M* const*)x + i, &panels_[p * n * L], n, j, std::min(j + PART, n), out + i * r_ + p * L,
                                   r_, r_ - p * L);
