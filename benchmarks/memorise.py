@@ -48,7 +48,7 @@ def learn(model, tokenizer, layer: int, prompt: list[int], text: list[int], lr: 
     return remembered(model, tokenizer, reft, prompt, text)
 
 
-def longest(model, tokenizer, layer: int, prompt: list[int], text: list[int], steps: int, lengths=LENGTHS) -> dict:
+def longest(model, tokenizer, layer: int, prompt: list[int], text: list[int], steps: int, lengths=LENGTHS, say=print) -> dict:
     """For each length: how many of its tokens came back, at the best of the rates."""
     norm = states(model, torch.tensor([prompt]), layer)[0, -1].norm().item()
     reft = minireft.LoReFT(model, rank=1, layers=[layer], positions="l1")
@@ -64,7 +64,7 @@ def longest(model, tokenizer, layer: int, prompt: list[int], text: list[int], st
         best = max(tokens, key=tokens.get)
         found["lengths"][length] = {"tokens": tokens[best], "c": best}
         whole.append(tokens[best] == length)
-        print(f"  layer {layer}, {length} tokens: {tokens}", flush=True)
+        say(f"  layer {layer}, {length} tokens: {tokens}")
         if whole[-2:] == [False, False]:
             break
     found["longest"] = max((n for n, f in found["lengths"].items() if f["tokens"] == n), default=0)

@@ -21,7 +21,10 @@ CLAIM = Claim(
     "edit of 128 channels is no longer small. Facts and steering are chosen so that the base has the skill already and must only be told to use it, "
     "as large bases mostly have; where it must learn to compute, edits of the prompt should do worse, as in the paper's arithmetic. Steering asks "
     "for three to five words in another order: an edit that ends with the prompt must lay all of that down before the first word, while LoRA and its kin also act on "
-    "every word they write. The experiment that would tell: the same grid with edits of generated tokens too, and on a base of some hundred million parameters, "
+    "every word they write. On stories260K a story is to be given speech within 60 steps: DiReFT, whose two matrices are free to grow, always does it and LoReFT, "
+    "with R held to unit rows, only at the highest rate and not with every seed. Selection saw one seed; “(edge)” marks where a wider grid might serve a "
+    "method better: (IA)³, RED, prefix and prompt tuning nearly everywhere, full tuning always. The sister's two tasks ran on two trainings of it by one recipe and "
+    "seed, before and after a change of kernels. The experiment that would tell: the same grid with edits of generated tokens too, and on a base of some hundred million parameters, "
     "with ranks from 1 up.",
     (("shipped", "steering"), ("sister", "steering"), ("shipped", "facts"), ("shipped", "arithmetic"), ("shipped", "instructions"),
      ("shipped", "mood"), ("sister", "facts"), ("stories260K", "speech")),

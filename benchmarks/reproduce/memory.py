@@ -32,7 +32,8 @@ def measure(base, task, method, value, seed, items, scale):
     depth, times = METHODS[method]
     ids = encode_prompt(tokenizer, prompt, model.config.context)
     lengths = memorise.LENGTHS if scale.share == 1 else memorise.LENGTHS[:2]
-    found = memorise.longest(model, tokenizer, round(depth * (model.config.layers - 1)), ids, tokenizer.encode(text), scale.steps(times * STEPS), lengths)
+    layer = round(depth * (model.config.layers - 1))
+    found = memorise.longest(model, tokenizer, layer, ids, tokenizer.encode(text), scale.steps(times * STEPS), lengths, say=lambda line: None)
     return {"tokens": found["longest"], "state norm": found["state norm"], "parameters": found["parameters"]}
 
 

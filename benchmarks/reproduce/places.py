@@ -38,7 +38,10 @@ CLAIM = Claim(
     "places", "More positions and all layers help; tied suffices; rank matters little",
     "The paper searches prefix and suffix counts from 1 to 11, layers, ranks from 1 to 8 and tying for each task: commonsense takes r 8, f7+l7 tied on "
     "all layers; instructions r 4, f5+l5 untied on four layers; GLUE r 1, f1 to f11. It prints no full grid.",
-    "Prompts here have 10 to 40 tokens, so f7+l7 is most of a prompt where it is a small part of the paper's. The experiment that would tell: the "
-    "same map on longer prompts.",
+    "Prompts here have 10 to 40 tokens, so f7+l7 is most of a prompt where it is a small part of the paper's. Rank counts for arithmetic, where a new "
+    "operation must be put together, and is not shown to for facts, which the base only has to be told to say. An edit of the last layer alone reaches "
+    "nothing but the first word of the answer, and that through the last position alone: that row of the map is constant. Arithmetic is learned suddenly "
+    "or not at all within these 150 steps, so its seeds lie far apart, and one seed chose the rate. The experiment that would tell: the same "
+    "map on longer prompts, and with steps until every seed has stopped learning.",
     (("shipped", "facts"), ("shipped", "arithmetic")), {method: (3e-3, 1.5e-2) for method in METHODS},
     measure, examples, verdict, reference="r 4, f7+l7", draw=draw)
