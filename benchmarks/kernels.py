@@ -437,8 +437,9 @@ def main(argv=None) -> list[dict]:
 
 
 def run(grid, passes, device: str, seconds: float, compile: bool, path: Path | None) -> list[dict]:
-    """Measures and prints every row, and keeps them at `path` as it goes."""
-    rows, clocks = [], {}
+    """Measures and prints every row, and keeps them at `path` as it goes. One that cannot be true is said and left out; it takes
+    no others with it, but the run fails."""
+    rows, wrong, clocks = [], [], {}
     for op, shape, many, cold in grid:
         threads = (os.cpu_count() or 1) if many else 1
         if threads not in clocks:
@@ -447,10 +448,17 @@ def run(grid, passes, device: str, seconds: float, compile: bool, path: Path | N
         clock, limits = clocks[threads]
         torch.set_num_threads(threads)
         for which in passes:
-            rows.append(measure(op, shape, which, clock, limits, seconds, cold, compile))
+            try:
+                rows.append(measure(op, shape, which, clock, limits, seconds, cold, compile))
+            except harness.Wrong as error:
+                wrong.append(error)
+                print(error, flush=True)
+                continue
             print(line(rows[-1]), flush=True)
             if path:
                 harness.write(rows[-1:], path)
+    if wrong:
+        raise harness.Wrong(f"{len(wrong)} of {len(rows) + len(wrong)} rows are not reported, for the reasons above")
     return rows
 
 
