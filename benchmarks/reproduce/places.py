@@ -9,7 +9,8 @@ from .methods import examples, score
 from .report import differences, heat_map
 
 RANKS, POSITIONS = (1, 4, 8), ("l1", "f3+l3", "f7+l7")
-LAYERS = {"first": (0,), "middle": (3,), "last": (7,), "every other": (0, 2, 4, 6), "all": tuple(range(8))}
+LAYERS = {"first": lambda n: [0], "middle": lambda n: [(n - 1) // 2], "last": lambda n: [n - 1], "every other": lambda n: list(range(0, n, 2)),
+          "all": lambda n: list(range(n))}                                # of n
 METHODS = {f"r {r}, {where}": dict(rank=r, positions=where) for r in RANKS for where in POSITIONS}
 METHODS |= {f"{name} layers, {where}": dict(rank=4, positions=where, layers=layers) for name, layers in LAYERS.items() if name != "all"
             for where in POSITIONS}
@@ -17,7 +18,8 @@ METHODS |= {f"untied, r {r}, {where}": dict(rank=r, positions=where, tied=False)
 
 
 def measure(base, task, method, value, seed, items, scale):
-    return score(base, task, method, value, seed, items, scale, make=lambda m: [LoReFT(m, **METHODS[method])])
+    how = {"layers": LAYERS["all"], **METHODS[method]}
+    return score(base, task, method, value, seed, items, scale, make=lambda m: [LoReFT(m, **{**how, "layers": how["layers"](m.config.layers)})])
 
 
 def verdict(found):
@@ -41,7 +43,9 @@ CLAIM = Claim(
     "Prompts here have 10 to 40 tokens, so f7+l7 is most of a prompt where it is a small part of the paper's. Rank counts for arithmetic, where a new "
     "operation must be put together, and is not shown to for facts, which the base only has to be told to say. An edit of the last layer alone reaches "
     "nothing but the first word of the answer, and that through the last position alone: that row of the map is constant. Arithmetic is learned suddenly "
-    "or not at all within these 150 steps, so its seeds lie far apart, and one seed chose the rate. The experiment that would tell: the same "
+    "or not at all within these 150 steps, so its seeds lie far apart, and one seed chose the rate. To give a story of stories260K its speech, one middle "
+    "layer does better than all five: what is asked is one direction of the state, and later edits, each learning for itself, may undo it; the rates end at "
+    "0.015 here, where all layers took 0.07 in the claim above. The experiment that would tell: the same "
     "map on longer prompts, and with steps until every seed has stopped learning.",
-    (("shipped", "facts"), ("shipped", "arithmetic")), {method: (3e-3, 1.5e-2) for method in METHODS},
+    (("shipped", "facts"), ("shipped", "arithmetic"), ("stories260K", "speech")), {method: (3e-3, 1.5e-2) for method in METHODS},
     measure, examples, verdict, reference="r 4, f7+l7", draw=draw)
