@@ -133,7 +133,7 @@ def low_rank_edit(h: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> Tensor:
 
     Equal to `torch.addmm(h, torch.addmm(bias, h, down.T), up)` for h (N, C), in one pass over memory; and on the CPU it is
     that where BLAS is faster: in bfloat16 at ranks of 32 and more while h is narrow and stays in cache, by shape and dtype
-    alone.  There too, float32 weights of bfloat16 rows are rounded from rank 16 on where the processor multiplies such pairs.
+    alone.  On a CPU that multiplies pairs of bfloat16, every edit rounds float32 weights of bfloat16 rows from rank 16 on.
     Raises ValueError naming the argument when a shape, dtype or device does not fit.
     """
     library = _library(h)

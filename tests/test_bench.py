@@ -86,6 +86,23 @@ def test_more_than_a_ceiling_fails_the_run():
             share([10, 11, 12], [5, 6, 7], 100_000, single=single)
 
 
+def test_a_row_that_cannot_be_true_takes_no_others_with_it(monkeypatch, capsys, tmp_path):
+    def measure(op, shape, which, *rest):
+        if which == "backward":
+            raise harness.Wrong("scale backward by ours: impossible")
+        return {"pass": which}
+    for name, replacement in (("measure", measure), ("line", lambda row: row["pass"]), ("Clock", lambda *_: None)):
+        monkeypatch.setattr(kernels, name, replacement)
+    monkeypatch.setattr(harness, "ceilings", lambda *_: {})
+    kept = []
+    monkeypatch.setattr(harness, "write", lambda rows, path: kept.extend(rows))
+    grid = [("scale", SMALL["scale"], False, False)]
+    with pytest.raises(harness.Wrong, match="1 of 3 rows are not reported"):
+        kernels.run(grid, kernels.PASSES, "cpu", 0.0, False, tmp_path / "x")
+    assert kept == [{"pass": "forward"}, {"pass": "both"}] and "impossible" in capsys.readouterr().out
+    assert kernels.run(grid, ["both"], "cpu", 0.0, False, None) == [{"pass": "both"}]
+
+
 def test_the_stream_moves_what_it_says():
     """Its own peak of results is 0: it writes into memory that is there."""
     for reads, writes, around in ((100, 100, True), (100, 100, False), (200, 100, True), (300, 200, True), (100, 400, False), (1000, 100, True)):

@@ -24,8 +24,8 @@ CLAIM = Claim(
     "every word they write. On stories260K a story is to be given speech within 60 steps: DiReFT, whose two matrices are free to grow, always does it and LoReFT, "
     "with R held to unit rows, only at the highest rate and not with every seed. Selection saw one seed; “(edge)” marks where a wider grid might serve a "
     "method better: (IA)³, RED, prefix and prompt tuning nearly everywhere, full tuning always. The sister's two tasks ran on two trainings of it by one recipe and "
-    "seed, before and after a change of kernels. The experiment that would tell: the same grid with edits of generated tokens too, and on a base of some hundred million parameters, "
-    "with ranks from 1 up.",
+    "seed, before and after a change of kernels. The experiment that would tell: the same grid with edits of generated tokens too, and on a base of some "
+    "hundred million parameters, with ranks from 1 up.",
     (("shipped", "steering"), ("sister", "steering"), ("shipped", "facts"), ("shipped", "arithmetic"), ("shipped", "instructions"),
      ("shipped", "mood"), ("sister", "facts"), ("stories260K", "speech")),
     {method: (0.0,) if method in UNTRAINED else RATES for method in METHODS},

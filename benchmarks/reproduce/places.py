@@ -18,8 +18,9 @@ METHODS |= {f"untied, r {r}, {where}": dict(rank=r, positions=where, tied=False)
 
 
 def measure(base, task, method, value, seed, items, scale):
-    how = {"layers": LAYERS["all"], **METHODS[method]}
-    return score(base, task, method, value, seed, items, scale, make=lambda m: [LoReFT(m, **{**how, "layers": how["layers"](m.config.layers)})])
+    how = dict(METHODS[method])
+    layers = how.pop("layers", LAYERS["all"])
+    return score(base, task, method, value, seed, items, scale, make=lambda m: [LoReFT(m, layers=layers(m.config.layers), **how)])
 
 
 def verdict(found):

@@ -1,8 +1,8 @@
 // h + Aᵀ(D h + b) on the CPU, forward: the arithmetic behind LoReFT and DiReFT; products.h has the products.
 // Four rows at a time stay in cache between the two products. low_rank_edit_backward.cpp is its other half.
-// You should see it outrun addmm(h, D h + b, A) where N·C leaves the cache; benchmarks/results says where not. Two limits: at r = 1
-// both are bound by memory, and 5 passes over it to 2 (forward), 7 to 3 (backward), are 2.5 and 2.3 times; from r = 32 on by
-// arithmetic, of which both do the same.
+// You should see it outrun addmm(h, D h + b, A) where N·C leaves the cache; benchmarks/results says where not. At r = 1
+// passes over memory are what counts, 2 for its 5 forward and 3 for its 7 backward; in bfloat16 at r = 64 products, of which
+// both do as many.
 #include "parallel.h"
 #include "products.h"
 #include "rows.h"
@@ -16,8 +16,7 @@ void forward(const Edit& e, const EditForward& f) {
   using M = multiplier<W>;
   const int64_t C = e.C, r = e.r, N = e.B * e.P, n_units = units<M>(r);
   if (f.delta && (e.positions.data || e.tasks.data)) std::fill_n((F*)f.delta, N * r, F(0));
-  // Four rows at a time while D and A fit in a core's cache and ranks are few, otherwise more rows share one reading of them.
-  const int64_t tile = r < 32 && 2 * r * C * sizeof(W) <= (512 << 10) ? ROWS : 16, width = VECTORS * lanes<T>;
+  constexpr int64_t PIECE = 16, width = VECTORS * lanes<T>;
   const bool past = f.out.data != f.h.data && streams<T>(f.out, N, C);
   for (const Group& group : group_rows(e)) {
     const int64_t first = group.bank * r * C;
@@ -25,7 +24,8 @@ void forward(const Edit& e, const EditForward& f) {
     const Weights<F> bias(f.bias, e.weight_dtype, r, group.bank * r);
     const Dots<T, W> dots(D.data, C, r, group.count);
     const array<M> up = packed<M>(A.data, C, r);
-    constexpr int64_t PIECE = 16;
+    // Four rows at a time while D and A fit in a core's cache and are read as they lie, otherwise more share one reading of them.
+    const int64_t tile = !dots.in_lanes() && 2 * r * C * sizeof(W) <= (512 << 10) ? ROWS : PIECE;
     parallel((group.count + PIECE - 1) / PIECE, [&](int64_t piece) {
       array<F> delta(tile * r);
       array<M> space(tile * n_units);
@@ -35,10 +35,10 @@ void forward(const Edit& e, const EditForward& f) {
         T* out[PIECE];
         const T* next[PIECE];
         const int64_t rows = std::min(tile, end - begin);
-        for (int64_t i = 0; i < rows; ++i) next[i] = row<T>(e, f.h, group[std::min(begin + tile + i, group.count - 1)]);
         for (int64_t i = 0; i < rows; ++i) {
           const int64_t n = group[begin + i];
           x[i] = row<T>(e, f.h, n), out[i] = row<T>(e, f.out, n);
+          next[i] = row<T>(e, f.h, group[std::min(begin + tile + i, group.count - 1)]);
           if (f.rows) std::memcpy((T*)f.rows + n * C, x[i], C * sizeof(T));
         }
         dots(x, rows, delta.data());
@@ -50,8 +50,8 @@ void forward(const Edit& e, const EditForward& f) {
         const int64_t step = rows > ROWS ? width : C;
         for (int64_t c = 0; c < C; c += step)
           in_groups<ROWS>(rows, [&](int64_t i, auto R) {
-            add_products<T, M, R>(x + i, out + i, factors + i * n_units, up.data(), n_units, c, std::min(c + step, C),
-                                  next + i, past);
+            add_products<T, M, R>(x + i, out + i, factors + i * n_units, up.data(), n_units, c, std::min(c + step, C), next + i,
+                                  past);
           });
       }
       if (past) fence();

@@ -98,9 +98,11 @@ class Dots {
         for (int64_t k = k0; k < std::min(k0 + L, r); ++k) panels_[k0 * n + j * L + k - k0] = read<M>(w + k * C + j * per<M>);
   }
 
+  bool in_lanes() const { return !panels_.empty(); }
+
   void operator()(const T* const* x, int64_t rows, wide<T>* out) const {
     if constexpr (DIRECT)
-      if (!panels_.empty()) {
+      if (in_lanes()) {
         const int64_t n = C_ / per<M>;
         return in_groups<2>((r_ + L - 1) / L, [&](int64_t p, auto Q) {
           in_groups<ROWS * ranks<T> / Q>(rows, [&](int64_t i, auto R) {
@@ -181,16 +183,21 @@ inline __attribute__((always_inline)) void in_vectors(int64_t begin, int64_t end
 
 // ---- x + f W -------------------------------------------------------------------------------------------------------------
 
-// out[i][c] = x[i][c] + Σ_k f[i][k] W[k][c] for R rows and V vectors of columns, W packed, n multipliers a row. Meanwhile the
-// rows that come next, if any, are asked into the second-level cache: memory would have nothing to do otherwise.
+// Asks V vectors of rows that come later, if there are any, into the second-level cache: memory would have nothing to do otherwise.
+template <class T, int V>
+inline __attribute__((always_inline)) void ask_for(const T* const* rows, int count, int64_t c) {
+  constexpr int L = lanes<T>;
+  for (int i = 0; rows && i < count; ++i)
+    for (int v = 0; v < V; v += 64 / (L * sizeof(T))) __builtin_prefetch(rows[i] + c + v * L, 0, 2);
+}
+
+// out[i][c] = x[i][c] + Σ_k f[i][k] W[k][c] for R rows and V vectors of columns, W packed, n multipliers a row.
 template <class T, class M, int R, int V, class Load, class Store>
 inline __attribute__((always_inline)) void add_block(const T* const* x, T* const* out, const M* f, const M* W, int64_t n,
                                                      int64_t c, Load load_row, Store store_row, const T* const* next) {
   constexpr int L = lanes<T>;
   vec<T> acc[R][V];
-  if (next)
-    for (int i = 0; i < R; ++i)
-      for (int v = 0; v < V; v += 64 / (L * sizeof(T))) __builtin_prefetch(next[i] + c + v * L, 0, 2);
+  ask_for<T, V>(next, R, c);
   for (int i = 0; i < R; ++i)
     for (int v = 0; v < V; ++v) acc[i][v] = vec<T>{};
   W += c * n;
@@ -216,15 +223,13 @@ void add_products(const T* const* x, T* const* out, const M* f, const M* W, int6
 // ---- backward ------------------------------------------------------------------------------------------------------------
 
 // dh = g + Dᵀu, dD += u hᵀ, dA += δ gᵀ for R rows and V vectors of columns. D, dD and dA are packed; u is given as multipliers
-// of D's ranks and, like δ, as multipliers of rows. Meanwhile rows of g and h that come next, if any, are asked for.
+// of D's ranks and, like δ, as multipliers of rows; next has R rows of g and R of h.
 template <class T, class M, int R, int V, bool WANT_H, bool WANT_WEIGHTS, class Load, class Store>
 inline __attribute__((always_inline)) void gradient_block(
     const T* const* g, const T* const* h, T* const* dh, const M* u_ranks, const M* u, const M* delta, const M* D, wide<T>* dD,
     wide<T>* dA, int64_t r, int64_t c, Load load_row, Store store_row, const T* const* next) {
   constexpr int64_t L = lanes<T>, J = (R + per<M> - 1) / per<M>;           // multipliers of rows: rows, or pairs of them
-  if (next)
-    for (int i = 0; i < 2 * R; ++i)
-      for (int v = 0; v < V; v += 64 / (L * sizeof(T))) __builtin_prefetch(next[i] + c + v * L, 0, 2);
+  ask_for<T, V>(next, 2 * R, c);
   if (WANT_WEIGHTS) {
     const auto rows_of = [&](const T* const* x, int j, int64_t c) __attribute__((always_inline)) {
       if constexpr (per<M> == 1) return load_row(x[j] + c);
@@ -234,7 +239,6 @@ inline __attribute__((always_inline)) void gradient_block(
     for (int j = 0; j < J; ++j)
       for (int v = 0; v < V; ++v) gs[j][v] = rows_of(g, j, c + v * L), hs[j][v] = rows_of(h, j, c + v * L);
     dD += c * r, dA += c * r;
-#pragma GCC unroll 2  // up to a third faster where bfloat16 rows are converted, the same elsewhere
     for (int64_t k = 0; k < r; ++k) {
       vec<T> down[V], up[V];
       for (int v = 0; v < V; ++v) down[v] = load(dD + (v * r + k) * L), up[v] = load(dA + (v * r + k) * L);

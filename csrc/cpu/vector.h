@@ -41,7 +41,7 @@ typedef uint16_t half_bits __attribute__((vector_size(VECTOR_BYTES / 2)));
 // Results of so many bytes are written past the caches, up to twice as fast; from here on their next reader loses no more by it.
 constexpr int64_t STREAM_BYTES = 12 << 20;
 
-// Memory that begins at a cache line: a vector that lies across two of them is loaded at half the speed.
+// Memory that begins at a cache line: a vector that lies across two of them is two accesses.
 template <class X>
 struct Lines {
   using value_type = X;
