@@ -1,6 +1,6 @@
 """The fused operations of the three methods: the same signatures as minireft.reference, on whichever backend is there.
 Call them anywhere; `ops.backends()` says what is compiled in, `ops.use("reference")` forces one, `ops.use(None)` frees it.
-You should see the low-rank edit outrun addmm(h, D h + b, A) in float32 on many rows; benchmarks/results says where not.
+You should see the low-rank edit outrun addmm(h, D h + b, A) on many rows; benchmarks/results says where not.
 
 Autocast: results have the dtype of the activations given; float32 parameters stay float32.  torch.compile: no graph break.
 vmap and torch.func: the formula in plain PyTorch, which vectorises it.  No second derivatives: asking for one is an error.
@@ -131,9 +131,8 @@ def _plainly(formula, *arguments):
 def low_rank_edit(h: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> Tensor:
     """h + (h downᵀ + bias) up, on every row.  h (..., C), down and up (r, C), bias (r,) → (..., C), contiguous.
 
-    Equal to `torch.addmm(h, torch.addmm(bias, h, down.T), up)` for h (N, C), in one pass over memory; and on the CPU it is
-    that where BLAS is faster: in bfloat16 at ranks of 32 and more while h is narrow and stays in cache, by shape and dtype
-    alone.  On a CPU that multiplies pairs of bfloat16, every edit rounds float32 weights of bfloat16 rows from rank 16 on.
+    Equal to `torch.addmm(h, torch.addmm(bias, h, down.T), up)` for h (N, C), in one pass over memory.  On a CPU that
+    multiplies pairs of bfloat16, every edit rounds float32 weights of bfloat16 rows, as addmm does.
     Raises ValueError naming the argument when a shape, dtype or device does not fit.
     """
     library = _library(h)
@@ -141,23 +140,9 @@ def low_rank_edit(h: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> Tensor:
         _check_edit(h, down, up, bias)
         return _plainly(reference.low_rank_edit, h, down, up, bias)
     down, up, bias = _weights(h, down, up, bias)
-    if _blas_is_faster(h, down):
-        _check_edit(h, down, up, bias)
-        rows = h.reshape(-1, h.shape[-1])                                                      # (N, C)
-        return torch.addmm(rows, torch.addmm(bias, rows, down.T), up).view(h.shape)
     if _tracked(h, down, up, bias):
         return _LowRankEdit.apply(library, h, down, _apart(down, up), bias)
     return _libraries[library]["low_rank_edit"](h, down, up, bias)[0]
-
-
-def _blas_is_faster(h: Tensor, down: Tensor) -> bool:
-    """By shape and dtype alone, on the CPU, as measured on a Zen 5: bfloat16 throughout, narrow rows in cache, at high ranks."""
-    if h.dim() < 1 or down.dim() != 2:                                     # the kernels say what is wrong
-        return False
-    if h.device.type != "cpu" or not h.dtype is down.dtype is torch.bfloat16 or _forced is not None:
-        return False
-    return (down.shape[0] >= 32 and h.shape[-1] < 1024 and 2 ** 17 < h.numel() <= 2 ** 22
-            and not torch.is_autocast_enabled("cpu"))
 
 
 class _LowRankEdit(torch.autograd.Function):

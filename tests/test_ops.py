@@ -188,22 +188,6 @@ def test_results_written_past_the_caches_have_the_bits_of_small_ones(backend, dt
         assert all(torch.equal(whole, torch.cat(parts)) for whole, *parts in zip(all_of(h, g, up), *halves))
 
 
-@pytest.mark.parametrize("N, C, r, dtype", [(514, 264, 32, "bfloat16"), (200, 1016, 48, "bfloat16")])
-def test_where_blas_is_faster_the_values_stay(N, C, r, dtype):
-    """Without a forced backend: what stays in cache at high ranks."""
-    torch.manual_seed(0)
-    assert ops._blas_is_faster(torch.empty(N, C, dtype=getattr(torch, dtype)), torch.empty(r, C, dtype=getattr(torch, dtype)))
-    case = Case(OPERATIONS["low_rank_edit"], {"h": torch.randn(2, N // 2, C), "down": torch.randn(r, C) / 6,
-                                              "up": torch.randn(r, C), "bias": torch.randn(r)})
-    case = case.to(dtype=getattr(torch, dtype))
-    got, plain, truth, magnitude = (dict(zip(["out"], c.run(m)[0])) | c.gradients(m) for c, m in (
-        (case, ops), (case, "plain"), (case.to(dtype=torch.float64), reference), (case.absolute(), reference)))
-    for n in got:
-        assert_close(got[n], plain[n], truth[n], magnitude[n])
-    with pytest.raises(ValueError, match="bias must have shape"):
-        ops.low_rank_edit(*(case.arguments[n] for n in ("h", "down", "up")), torch.randn(r + 1))
-
-
 @pytest.mark.parametrize("backend", BACKENDS[:1])
 @pytest.mark.parametrize("N, C, r", [(260, 1031, 33), (300, 4096, 64), (257, 130, 48), (300, 258, 17), (300, 258, 15)])
 @pytest.mark.parametrize("dtype, weights", [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16"), ("float16", "float32")])
@@ -220,7 +204,7 @@ def test_many_ranks_are_as_exact_as_few(backend, N, C, r, dtype, weights):
         (case, "plain"), (case.to(dtype=torch.float64), reference), (case.absolute(), reference)))
     h, down, _, bias = (a.float() for a in case.arguments.values())
     plain["delta"], truth["delta"] = torch.addmm(bias, h[0], down.T), torch.addmm(bias.double(), h[0].double(), down.double().T)
-    if dtype == "bfloat16" and r >= 16:                                    # such weights may have been rounded, at lower ranks not
+    if dtype == "bfloat16" and (backend == "cpu" or r >= 16):              # such weights may have been rounded; elsewhere not at lower ranks
         plain["delta"] = torch.addmm(bias, h[0], down.bfloat16().float().T)
     for n in got:                                                          # of values plain PyTorch's are not exact by luck
         assert_close(got[n], plain[n], truth[n], magnitude[n] if n in case.arguments else torch.zeros(()))
@@ -284,7 +268,9 @@ def test_elements_beyond_two_to_the_31(backend):
     with ops.use(backend):
         ops.low_rank_edit_at_(h, positions, down, up, bias)
     for (b, t), values in before.items():
-        torch.testing.assert_close(h[b, t], reference.low_rank_edit(values, down, up, bias), rtol=0.01, atol=0.01)
+        plain = torch.addmm(values[None], torch.addmm(bias.bfloat16(), values[None], down.bfloat16().T), up.bfloat16())[0]
+        truth = reference.low_rank_edit(*(x.double() for x in (values, down, up, bias)))
+        assert_close(h[b, t], plain, truth, torch.zeros(()))
 
 
 # ---- the modes of PyTorch -----------------------------------------------------------------------------------------------

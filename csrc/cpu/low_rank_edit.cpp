@@ -16,7 +16,7 @@ void forward(const Edit& e, const EditForward& f) {
   using M = multiplier<W>;
   const int64_t C = e.C, r = e.r, N = e.B * e.P, n_units = units<M>(r);
   if (f.delta && (e.positions.data || e.tasks.data)) std::fill_n((F*)f.delta, N * r, F(0));
-  constexpr int64_t PIECE = 16, width = VECTORS * lanes<T>;
+  constexpr int64_t PIECES = 64, PIECE = 16, width = VECTORS * lanes<T>;
   const bool past = f.out.data != f.h.data && streams<T>(f.out, N, C);
   for (const Group& group : group_rows(e)) {
     const int64_t first = group.bank * r * C;
@@ -24,13 +24,17 @@ void forward(const Edit& e, const EditForward& f) {
     const Weights<F> bias(f.bias, e.weight_dtype, r, group.bank * r);
     const Dots<T, W> dots(D.data, C, r, group.count);
     const array<M> up = packed<M>(A.data, C, r);
-    // Four rows at a time while D and A fit in a core's cache and are read as they lie, otherwise more share one reading of them.
-    const int64_t tile = !dots.in_lanes() && 2 * r * C * sizeof(W) <= (512 << 10) ? ROWS : PIECE;
-    parallel((group.count + PIECE - 1) / PIECE, [&](int64_t piece) {
+    // Four rows at a time; more, which share one reading of D and A, where these do not fit in a core's cache or are not read as
+    // they lie, or where rows are narrow.
+    const bool narrow = C * sizeof(T) <= 1024;
+    const int64_t tile = narrow || dots.in_lanes() || 2 * r * C * sizeof(W) > (512 << 10) ? PIECE : ROWS;
+    const int64_t step = tile == ROWS || narrow ? C : width;
+    const int64_t piece_rows = (group.count / PIECES + PIECE) / PIECE * PIECE;
+    parallel((group.count + piece_rows - 1) / piece_rows, [&](int64_t piece) {
       array<F> delta(tile * r);
       array<M> space(tile * n_units);
-      const int64_t end = std::min((piece + 1) * PIECE, group.count);
-      for (int64_t begin = piece * PIECE; begin < end; begin += tile) {
+      const int64_t end = std::min((piece + 1) * piece_rows, group.count);
+      for (int64_t begin = piece * piece_rows; begin < end; begin += tile) {
         const T* x[PIECE];
         T* out[PIECE];
         const T* next[PIECE];
@@ -47,7 +51,6 @@ void forward(const Edit& e, const EditForward& f) {
           if (f.delta) std::copy_n(&delta[i * r], r, (F*)f.delta + group[begin + i] * r);
         }
         const M* factors = of_ranks<M>(delta.data(), rows, r, space);
-        const int64_t step = rows > ROWS ? width : C;
         for (int64_t c = 0; c < C; c += step)
           in_groups<ROWS>(rows, [&](int64_t i, auto R) {
             add_products<T, M, R>(x + i, out + i, factors + i * n_units, up.data(), n_units, c, std::min(c + step, C), next + i,

@@ -8,12 +8,13 @@
 namespace minireft::cpu {
 namespace {
 
-constexpr int WIDE_TILE = 64, GROUP = VECTOR_BYTES / 8;   // rows per tile at most; rows per pass: 8 with 32 registers, else 4
+constexpr int64_t WIDE_TILE = 64, GROUP = VECTOR_BYTES / 8;   // rows per tile at most; rows (or pairs) in registers: 8 of 32, else 4
 
 template <class T, class W>
 void backward(const Edit& e, const EditBackward& f) {
   using F = wide<T>;
   using M = multiplier<W>;
+  constexpr int64_t ROWS_AT_ONCE = GROUP * per<M>;
   const int64_t C = e.C, r = e.r, n_units = units<M>(r);
   const bool want_weights = f.ddown, want_h = f.dh.data, past = want_h && streams<T>(f.dh, e.B * e.P, C);
   if (want_weights)
@@ -28,15 +29,15 @@ void backward(const Edit& e, const EditBackward& f) {
   // Rows shorter than a page end before the processor's own prefetching has got going: where they come from memory, the next
   // tile's are asked for.
   const bool ahead = small && C * sizeof(T) <= 4096 && e.B * e.P * C * sizeof(T) >= (4 << 20);
-  const int64_t tile = small ? GROUP : WIDE_TILE, L = lanes<F>;
-  const int64_t width = small ? C : std::max<int64_t>(4 * L, (128 << 10) / (r * sizeof(F)) / L * L);
+  const int64_t tile = small ? ROWS_AT_ONCE : WIDE_TILE, L = lanes<F>;
+  const int64_t width = small ? C : std::max<int64_t>(4 * L, (128 << 10) / (r * sizeof(F)) / (2 * L) * (2 * L));
   for (const Group& group : group_rows(e)) {
     const int64_t first = group.bank * r * C;
     const Weights<W> D(f.down, e.weight_dtype, r * C, first), A(f.up, e.weight_dtype, r * C, first);
     const Dots<T, W> dots(A.data, C, r, group.count);
     const array<M> down = want_h ? packed<M>(D.data, C, r) : array<M>();
     // Pieces of rows, each with its own sums, added up in their order: the sizes alone decide how many.
-    const int64_t size = packed_size<F>(C, r), stride = want_weights ? 2 * size + (r + L - 1) / L * L : 0;
+    const int64_t size = packed_size<M>(C, r), stride = want_weights ? 2 * size + (r + L - 1) / L * L : 0;
     const int64_t least = std::clamp<int64_t>(32 * r, 64, 256);
     const int64_t most = std::clamp<int64_t>((8 << 20) / (int64_t)(sizeof(F) * (stride + 1)), 1, 16);
     const int64_t pieces = std::clamp<int64_t>(group.count / least, 1, most);
@@ -45,10 +46,11 @@ void backward(const Edit& e, const EditBackward& f) {
       array<F> u(tile * r), delta(tile * r);
       array<M> by_rank(tile * n_units), by_row(tile * r), delta_by_row(tile * r);
       F *dD = sums.data() + piece * stride, *dA = dD + size, *db = dA + size;
+      std::fill_n(dD, stride, F(0));
       const int64_t end = group.count * (piece + 1) / pieces;
       for (int64_t begin = group.count * piece / pieces; begin < end; begin += tile) {
         const int64_t rows = std::min<int64_t>(tile, end - begin);
-        const T *g[WIDE_TILE], *h[WIDE_TILE], *next[2 * GROUP];
+        const T *g[WIDE_TILE], *h[WIDE_TILE], *next[2 * ROWS_AT_ONCE];
         T* dh[WIDE_TILE];
         const auto g_row = [&](int64_t n) -> const T* { return row<T>(e, f.g, n); };
         const auto h_row = [&](int64_t n) -> const T* { return f.rows ? (const T*)f.rows + n * C : row<T>(e, f.h, n); };
@@ -71,17 +73,14 @@ void backward(const Edit& e, const EditBackward& f) {
           }
         const M *u_ranks = of_ranks<M>(u.data(), rows, r, by_rank), *u_rows = of_rows<M>(u.data(), rows, r, by_row);
         const M* delta_rows = of_rows<M>(delta.data(), rows, r, delta_by_row);
-        for (int64_t c = 0; c < C; c += width)
-          in_groups<GROUP>(rows, [&](int64_t i, auto R) {
-            const auto pass = [&](auto H, auto G) {
-              gradients<T, M, R, H.value, G.value>(g + i, h + i, dh + i, u_ranks + i * n_units, u_rows + i / per<M> * r,
-                                                   delta_rows + i / per<M> * r, down.data(), dD, dA, r, c, std::min(c + width, C),
-                                                   ahead ? next + 2 * i : nullptr, past);
-            };
-            if (want_h && want_weights) pass(std::true_type{}, std::true_type{});
-            else if (want_h) pass(std::true_type{}, std::false_type{});
-            else if (want_weights) pass(std::false_type{}, std::true_type{});
-          });
+        for (int64_t c = 0; c < C; c += width) {
+          const auto some = [&](int64_t i, auto R) {
+            gradients<T, M, R>(g + i, h + i, want_h ? dh + i : nullptr, u_ranks + i * n_units, u_rows + i / per<M> * r,
+                               delta_rows + i / per<M> * r, down.data(), want_weights ? dD : nullptr, dA, r, c,
+                               std::min(c + width, C), ahead ? next + 2 * i : nullptr, past);
+          };
+          small ? in_groups<ROWS_AT_ONCE>(rows, some) : in_groups<GROUP>(rows, some);
+        }
       }
       fence();
     });
@@ -91,8 +90,8 @@ void backward(const Edit& e, const EditBackward& f) {
     with_type(e.weight_dtype, [&](auto t) {
       using Weight = decltype(t);
       if constexpr (std::is_same_v<wide<Weight>, F>) {
-        unpack(sums.data(), (Weight*)f.ddown + group.bank * r * C, C, r);
-        unpack(sums.data() + size, (Weight*)f.dup + group.bank * r * C, C, r);
+        unpack<M>(sums.data(), (Weight*)f.ddown + group.bank * r * C, C, r);
+        unpack<M>(sums.data() + size, (Weight*)f.dup + group.bank * r * C, C, r);
         for (int64_t k = 0; k < r; ++k) narrow(sums[2 * size + k], ((Weight*)f.dbias)[group.bank * r + k]);
       }
     });

@@ -25,34 +25,56 @@ inline __attribute__((always_inline)) void in_groups(int64_t count, const Body& 
     if (first < count) in_groups<N / 2>(count, body, first);
 }
 
+// body(V, c, load, store) for columns begin … end: V vectors at a time, then G, then what is left of G.
+template <class T, int V, int G, class Body>
+inline __attribute__((always_inline)) void in_vectors(int64_t begin, int64_t end, bool past, const Body& body) {
+  constexpr int64_t L = lanes<T>;
+  constexpr std::integral_constant<int, G> few;
+  const auto whole_load = [](auto* p) __attribute__((always_inline)) { return load(p); };
+  const auto whole_store = [past](auto* p, auto v) __attribute__((always_inline)) { past ? stream(p, v) : store(p, v); };
+  int64_t c = begin;
+  for (; c + V * L <= end; c += V * L) body(std::integral_constant<int, V>{}, c, whole_load, whole_store);
+  for (; c + G * L <= end; c += G * L) body(few, c, whole_load, whole_store);
+  if (const int64_t rest = end - c)
+    body(few, c, [rest](auto* p) { return load(p, rest); }, [rest](auto* p, auto v) { store(p, v, rest); });
+}
+
 // ---- x · Wᵀ ------------------------------------------------------------------------------------------------------------
 
-// out[i][k] = x[i] · W[k] for R rows and Q ranks; W is bfloat16 where pairs, neighbours in a row, are multiplied.
+// out[i][k] = x[i] · W[k] for R rows and Q ranks; W is bfloat16 where pairs, neighbours in a row, are multiplied. Fewer ranks have
+// more sums each, since a sum waits for its last product.
 template <class T, class W, int R, int Q>
 void dot_block(const T* const* x, const W* w, int64_t C, wide<T>* out, int64_t r) {
   constexpr bool PAIRS = std::is_same_v<W, bf16>;
   using X = std::conditional_t<PAIRS, pair, T>;
   using Y = std::conditional_t<PAIRS, pair, W>;
-  constexpr int L = lanes<T>, MOST = ROWS * ranks<T>;
+  constexpr int L = lanes<T>, MOST = ROWS * ranks<T>, S = ranks<T> / Q;
   vec<T> acc[MOST];
   for (int j = 0; j < MOST; ++j) acc[j] = vec<T>{};
-  over_row<X>(C / per<X>, [&](int64_t c, auto load, auto) __attribute__((always_inline)) {
-    decltype(load((const X*)x[0])) xs[R];
-    for (int i = 0; i < R; ++i) xs[i] = load((const X*)x[i] + c), hold(xs[i]);
-    for (int q = 0; q < Q; ++q) {
-      auto ws = load((const Y*)(w + q * C) + c);
-      hold(ws);
-      for (int i = 0; i < R; ++i) acc[i * ranks<T> + q] = add_product(acc[i * ranks<T> + q], xs[i], ws);
-    }
+  in_vectors<X, S, 1>(0, C / per<X>, false, [&](auto V, int64_t c, auto load, auto) __attribute__((always_inline)) {
+    decltype(load((const X*)x[0])) xs[R][V];
+#pragma GCC unroll 16  // or accumulators lie in memory
+    for (int i = 0; i < R; ++i)
+      for (int s = 0; s < V; ++s) xs[i][s] = load((const X*)x[i] + c + s * L), hold(xs[i][s]);
+#pragma GCC unroll 16
+    for (int q = 0; q < Q; ++q)
+      for (int s = 0; s < V; ++s) {
+        auto ws = load((const Y*)(w + q * C) + c + s * L);
+        hold(ws);
+#pragma GCC unroll 16
+        for (int i = 0; i < R; ++i) acc[(i * Q + q) * S + s] = add_product(acc[(i * Q + q) * S + s], xs[i][s], ws);
+      }
   });
   static_assert(MOST == L || MOST == 2 * L || 2 * MOST == L);
   wide<T> total[MOST + L];
   for (int j = 0; j < MOST; j += L) store(total + j, sums<vec<T>, L / 2>(acc + j));
   for (int i = 0; i < R; ++i)
     for (int q = 0; q < Q; ++q) {
-      out[i * r + q] = total[i * ranks<T> + q];
-      if (C % per<X>) out[i * r + q] += widen(x[i][C - 1]) * widen(w[q * C + C - 1]);
+      out[i * r + q] = total[(i * Q + q) * S];
+      for (int s = 1; s < S; ++s) out[i * r + q] += total[(i * Q + q) * S + s];
     }
+  for (int i = 0; C % per<X> && i < R; ++i)
+    for (int q = 0; q < Q; ++q) out[i * r + q] += widen(x[i][C - 1]) * widen(w[q * C + C - 1]);
 }
 
 // The same with ranks in lanes and a row's numbers broadcast: nothing is left to be added across lanes. W is in panels, one
@@ -92,7 +114,7 @@ class Dots {
   Dots(const W* w, int64_t C, int64_t r, int64_t count) : w_(w), C_(C), r_(r) {
     if (!DIRECT || r < 2 * L || count < 256 || C % per<M>) return;
     const int64_t n = C / per<M>;
-    panels_.resize((r + L - 1) / L * L * n);
+    panels_.resize((r + L - 1) / L * L * n, M{});
     for (int64_t k0 = 0; k0 < r; k0 += L)
       for (int64_t j = 0; j < n; ++j)
         for (int64_t k = k0; k < std::min(k0 + L, r); ++k) panels_[k0 * n + j * L + k - k0] = read<M>(w + k * C + j * per<M>);
@@ -120,29 +142,40 @@ class Dots {
 
 // ---- weights and factors as multipliers ----------------------------------------------------------------------------------
 
-// Weights, and the sums of their gradients, are packed so that what meets one vector of columns is contiguous: element c of
-// rank (or pair of ranks) k of n is at [(c / lanes * n + k) * lanes + c % lanes], zeros beyond the last column.
-template <class M> int64_t packed_size(int64_t C, int64_t n) { return (C + lanes<M> - 1) / lanes<M> * lanes<M> * n; }
+// Weights, and the sums of their gradients, are packed so that what meets one vector of columns (of pairs: a line, two woven
+// vectors) is contiguous: for each, vector by vector, its columns of rank (or pair of ranks) 0, 1, …; zeros beyond the last column.
+template <class T, class M> using columns = std::conditional_t<per<M> == 2, line, T>;       // what is read of a row at once
+template <class M> constexpr int64_t at_once = per<M> * lanes<M>;                           // so many columns
+template <class M> int64_t packed_size(int64_t C, int64_t n) { return (C + at_once<M> - 1) / at_once<M> * at_once<M> * n; }
+template <class M> int64_t packed_at(int64_t c, int64_t v, int64_t n, int64_t k) {  // where vector v from column c on, rank k of n, is
+  constexpr int64_t G = per<M>;
+  return c * n + ((v - v % G) * n + k * G + v % G) * lanes<M>;
+}
 
 template <class M, class W>
 array<M> packed(const W* w, int64_t C, int64_t r) {
   array<M> all(packed_size<M>(C, units<M>(r)));
   M* to = all.data();
-  over_row<W>(C, [&](int64_t c, auto load, auto store) {
-    for (int64_t k = 0; k < r; k += per<M>, to += lanes<M>) {
-      const W* low = w + k * C + c;
-      if constexpr (per<M> == 2) write(to, join(load(low), k + 1 < r ? load(low + C) : vec<W>{}));
-      else store(to, load(low));
+  in_vectors<W, per<M>, per<M>>(0, C, false, [&](auto, int64_t c, auto load, auto) {
+    for (int64_t k = 0; k < r; k += per<M>, to += at_once<M>) {
+      const auto low = load((const columns<W, M>*)(w + k * C + c));
+      if constexpr (per<M> == 2) write(to, weave(low, k + 1 < r ? load((const line*)(w + (k + 1) * C + c)) : vecu{}));
+      else store(to, low);
     }
   });
   return all;
 }
 
-template <class F, class W>
+template <class M, class F, class W>
 void unpack(const F* from, W* w, int64_t C, int64_t r) {
-  over_row<W>(C, [&](int64_t c, auto, auto store) {
-    for (int64_t k = 0; k < r; ++k, from += lanes<F>) store(w + k * C + c, load(from));
-  });
+  constexpr int64_t size = at_once<M>;
+  for (int64_t c = 0; c < C; c += size)
+    for (int64_t k = 0; k < r; ++k, from += size) {
+      F row[size];
+      if constexpr (per<M> == 1) store(row, load(from));
+      else write(row, in_order({load(from), load(from + lanes<M>)}));
+      over_row<W>(std::min(size, C - c), [&](int64_t i, auto load, auto store) { store(w + k * C + c + i, load(row + i)); });
+    }
 }
 
 // Factors (rows, r) as multipliers of weights, (rows, units), and of rows, (rows or pairs of rows, r).
@@ -167,20 +200,6 @@ const M* of_rows(const F* f, int64_t rows, int64_t r, array<M>& space) {
   }
 }
 
-// body(V, c, load, store) for columns begin … end, V vectors at a time, then one, then what is left of one.
-template <class T, int V, class Body>
-inline __attribute__((always_inline)) void in_vectors(int64_t begin, int64_t end, bool past, const Body& body) {
-  constexpr int64_t L = lanes<T>;
-  constexpr std::integral_constant<int, 1> one;
-  const auto whole_load = [](auto* p) __attribute__((always_inline)) { return load(p); };
-  const auto whole_store = [past](auto* p, auto v) __attribute__((always_inline)) { past ? stream(p, v) : store(p, v); };
-  int64_t c = begin;
-  for (; c + V * L <= end; c += V * L) body(std::integral_constant<int, V>{}, c, whole_load, whole_store);
-  for (; c + L <= end; c += L) body(one, c, whole_load, whole_store);
-  if (const int64_t rest = end - c)
-    body(one, c, [rest](auto* p) { return load(p, rest); }, [rest](auto* p, auto v) { store(p, v, rest); });
-}
-
 // ---- x + f W -------------------------------------------------------------------------------------------------------------
 
 // Asks V vectors of rows that come later, if there are any, into the second-level cache: memory would have nothing to do otherwise.
@@ -200,77 +219,81 @@ inline __attribute__((always_inline)) void add_block(const T* const* x, T* const
   ask_for<T, V>(next, R, c);
   for (int i = 0; i < R; ++i)
     for (int v = 0; v < V; ++v) acc[i][v] = vec<T>{};
-  W += c * n;
   for (int64_t k = 0; k < n; ++k) {
     decltype(load(W)) w[V];
-    for (int v = 0; v < V; ++v) w[v] = load(W + (v * n + k) * L), hold(w[v]);
+    for (int v = 0; v < V; ++v) w[v] = load(W + packed_at<M>(c, v, n, k)), hold(w[v]);
     for (int i = 0; i < R; ++i)
       for (int v = 0; v < V; ++v) acc[i][v] = add_product(acc[i][v], f[i * n + k], w[v]);
   }
   for (int i = 0; i < R; ++i)
-    for (int v = 0; v < V; ++v) store_row(out[i] + c + v * L, load_row(x[i] + c + v * L) + acc[i][v]);  // x last: rounded once
+    for (int v = 0; v < V; v += per<M>) {  // x last: rounded once
+      const auto before = load_row((const columns<T, M>*)(x[i] + c + v * L));
+      auto* to = (columns<T, M>*)(out[i] + c + v * L);
+      if constexpr (per<M> == 1) store_row(to, before + acc[i][v]);
+      else {
+        const auto [first, second] = weave(vecu{}, before);
+        store_row(to, woven<vecf>{(vecf)first + acc[i][v], (vecf)second + acc[i][v + 1]});
+      }
+    }
 }
 
 // The same for columns begin … end of R rows, written past the caches or not.
 template <class T, class M, int R>
 void add_products(const T* const* x, T* const* out, const M* f, const M* W, int64_t n, int64_t begin, int64_t end,
                   const T* const* next, bool past) {
-  in_vectors<T, VECTORS>(begin, end, past, [&](auto V, int64_t c, auto load_row, auto store_row) __attribute__((always_inline)) {
+  in_vectors<T, VECTORS, per<M>>(begin, end, past, [&](auto V, int64_t c, auto load_row, auto store_row) __attribute__((always_inline)) {
     add_block<T, M, R, V>(x, out, f, W, n, c, load_row, store_row, next);
   });
 }
 
 // ---- backward ------------------------------------------------------------------------------------------------------------
 
-// dh = g + Dᵀu, dD += u hᵀ, dA += δ gᵀ for R rows and V vectors of columns. D, dD and dA are packed; u is given as multipliers
-// of D's ranks and, like δ, as multipliers of rows; next has R rows of g and R of h.
-template <class T, class M, int R, int V, bool WANT_H, bool WANT_WEIGHTS, class Load, class Store>
-inline __attribute__((always_inline)) void gradient_block(
-    const T* const* g, const T* const* h, T* const* dh, const M* u_ranks, const M* u, const M* delta, const M* D, wide<T>* dD,
-    wide<T>* dA, int64_t r, int64_t c, Load load_row, Store store_row, const T* const* next) {
-  constexpr int64_t L = lanes<T>, J = (R + per<M> - 1) / per<M>;           // multipliers of rows: rows, or pairs of them
-  ask_for<T, V>(next, 2 * R, c);
-  if (WANT_WEIGHTS) {
-    const auto rows_of = [&](const T* const* x, int j, int64_t c) __attribute__((always_inline)) {
-      if constexpr (per<M> == 1) return load_row(x[j] + c);
-      else return join(load_row(x[2 * j] + c), 2 * j + 1 < R ? load_row(x[2 * j + 1] + c) : vec<T>{});
-    };
-    decltype(rows_of(g, 0, c)) gs[J][V], hs[J][V];
-    for (int j = 0; j < J; ++j)
-      for (int v = 0; v < V; ++v) gs[j][v] = rows_of(g, j, c + v * L), hs[j][v] = rows_of(h, j, c + v * L);
-    dD += c * r, dA += c * r;
-    for (int64_t k = 0; k < r; ++k) {
-      vec<T> down[V], up[V];
-      for (int v = 0; v < V; ++v) down[v] = load(dD + (v * r + k) * L), up[v] = load(dA + (v * r + k) * L);
-      for (int j = 0; j < J; ++j)
-        for (int v = 0; v < V; ++v) {
-          down[v] = add_product(down[v], u[j * r + k], hs[j][v]);
-          up[v] = add_product(up[v], delta[j * r + k], gs[j][v]);
-        }
-      for (int v = 0; v < V; ++v) store(dD + (v * r + k) * L, down[v]), store(dA + (v * r + k) * L, up[v]);
+// sum[k] += Σ_i f[i][k] x[i] over R rows for all r ranks and V vectors of columns; sum is packed, f in multipliers of rows.
+template <class T, class M, int R, int V, class Load>
+inline __attribute__((always_inline)) void sum_block(const T* const* x, const M* f, wide<T>* sum, int64_t r, int64_t c, Load load_row) {
+  constexpr int J = (R + per<M> - 1) / per<M>;                             // multipliers of rows: rows, or pairs of them
+  decltype(load(f)) xs[J][V];
+  for (int j = 0; j < J; ++j)
+    for (int v = 0; v < V; v += per<M>) {
+      const auto line_of = [&](int i) __attribute__((always_inline)) { return load_row((const columns<T, M>*)(x[i] + c + v * lanes<T>)); };
+      if constexpr (per<M> == 1) xs[j][v] = line_of(j);
+      else {
+        const auto [first, second] = weave(line_of(2 * j), 2 * j + 1 < R ? line_of(2 * j + 1) : vecu{});
+        xs[j][v] = first, xs[j][v + 1] = second;
+      }
     }
+  for (int64_t k = 0; k < r; ++k) {
+    vec<T> acc[V];
+    for (int v = 0; v < V; ++v) acc[v] = load(sum + packed_at<M>(c, v, r, k));
+    for (int j = 0; j < J; ++j)
+      for (int v = 0; v < V; ++v) acc[v] = add_product(acc[v], f[j * r + k], xs[j][v]);
+    for (int v = 0; v < V; ++v) store(sum + packed_at<M>(c, v, r, k), acc[v]);
   }
-  if (WANT_H) add_block<T, M, R, V>(g, dh, u_ranks, D, units<M>(r), c, load_row, store_row, nullptr);
 }
 
-// The same for columns begin … end. In pairs two vectors at a time are a cache line of each row: rows that lie a power of two
-// apart would throw the other half out before its turn.
-template <class T, class M, int R, bool WANT_H, bool WANT_WEIGHTS>
+// dh = g + Dᵀu, dD += u hᵀ, dA += δ gᵀ for R rows and columns begin … end; null dh or dD: not wanted. D, dD and dA are packed; u
+// is given as multipliers of D's ranks and, like δ, as multipliers of rows; next has R rows of g and R of h. In pairs a line of
+// each row at a time: rows that lie a power of two apart would throw a second one out of the cache before its turn.
+template <class T, class M, int R>
 void gradients(const T* const* g, const T* const* h, T* const* dh, const M* u_ranks, const M* u, const M* delta, const M* D,
                wide<T>* dD, wide<T>* dA, int64_t r, int64_t begin, int64_t end, const T* const* next, bool past) {
-  in_vectors<T, per<M>>(begin, end, past, [&](auto V, int64_t c, auto load_row, auto store_row) __attribute__((always_inline)) {
-    gradient_block<T, M, R, V, WANT_H, WANT_WEIGHTS>(g, h, dh, u_ranks, u, delta, D, dD, dA, r, c, load_row, store_row, next);
+  in_vectors<T, per<M>, per<M>>(begin, end, past, [&](auto V, int64_t c, auto load_row, auto store_row) __attribute__((always_inline)) {
+    ask_for<T, V>(next, 2 * R, c);
+    if (dD) sum_block<T, M, R, V>(h, u, dD, r, c, load_row), sum_block<T, M, R, V>(g, delta, dA, r, c, load_row);
+    if (dh)
+      in_groups<ROWS * VECTORS / V>(R, [&](int64_t i, auto S) __attribute__((always_inline)) {
+        add_block<T, M, S, V>(g + i, dh + i, u_ranks + i * units<M>(r), D, units<M>(r), c, load_row, store_row, nullptr);
+      });
   });
 }
 
 // ---- types ---------------------------------------------------------------------------------------------------------------
 
 // Calls body(T{}, W{}) for the type of an edit's rows and that of weights in its products: bf16 in pairs, or the arithmetic's.
-// Float weights of bfloat16 rows stay what they are at low ranks, where memory takes the time, and are rounded at high ones.
 template <class Body>
 void with_types(const Edit& e, const Body& body) {
   if constexpr (HAS_PAIRS)
-    if (e.dtype == Dtype::bf16 && (e.weight_dtype == Dtype::bf16 || e.r >= 16)) return body(bf16{}, bf16{});
+    if (e.dtype == Dtype::bf16) return body(bf16{}, bf16{});
   with_type(e.dtype, [&](auto t) { body(t, wide<decltype(t)>{}); });
 }
 

@@ -62,10 +62,11 @@ void backward(const Scale& z, const ScaleBackward& f) {
   const Vectors<F> l(z, f.l, C);
   // Pieces of rows that share a bank: each row of the batch with tasks, otherwise at most 16 of at least 64 rows.
   const int64_t pieces = z.tasks.data ? z.B : std::clamp<int64_t>(N / 64, 1, 16);
-  std::vector<F> sums(pieces * C);
+  array<F> sums(pieces * C);
   const bool past_x = streams<T>(f.dx, N, C), past_up = A == Activation::swiglu && streams<T>(f.dup, N, C);
   parallel(pieces, [&](int64_t piece) {
-    F* sum = &sums[piece * C];
+    F* sum = sums.data() + piece * C;
+    std::fill_n(sum, C, F(0));
     for (int64_t n = N * piece / pieces; n < N * (piece + 1) / pieces; ++n) {
       const int64_t b = n / z.T, t = n % z.T;
       const T *g = row<T>(f.g, b, t), *x = row<T>(f.x, b, t), *up = A == Activation::swiglu ? row<T>(f.up, b, t) : nullptr;

@@ -15,6 +15,7 @@
 #endif
 
 #include "../launchers.h"
+#include "blocks.h"
 
 namespace minireft::cpu {
 
@@ -41,14 +42,22 @@ typedef uint16_t half_bits __attribute__((vector_size(VECTOR_BYTES / 2)));
 // Results of so many bytes are written past the caches, up to twice as fast; from here on their next reader loses no more by it.
 constexpr int64_t STREAM_BYTES = 12 << 20;
 
-// Memory that begins at a cache line: a vector that lies across two of them is two accesses.
+// Memory that begins at a cache line: a vector that lies across two of them is two accesses. Large arrays are kept for the next
+// call, for the pages of new ones would take longer to clear than many a kernel takes; what they hold at first is not cleared.
 template <class X>
 struct Lines {
   using value_type = X;
   Lines() = default;
   template <class Y> Lines(const Lines<Y>&) {}
-  X* allocate(size_t n) { return (X*)::operator new(n * sizeof(X), std::align_val_t(64)); }
-  void deallocate(X* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+  X* allocate(size_t n) {
+    const size_t bytes = n * sizeof(X);
+    void* p = bytes >= LEAST_BLOCK ? blocks().take(bytes) : ::operator new(bytes, std::align_val_t(64));
+    return p ? (X*)p : throw std::bad_alloc();
+  }
+  void deallocate(X* p, size_t n) {
+    n * sizeof(X) >= LEAST_BLOCK ? blocks().give(p) : ::operator delete(p, std::align_val_t(64));
+  }
+  void construct(X* p) { ::new (p) X; }
   template <class Y> bool operator==(const Lines<Y>&) const { return true; }
 };
 template <class X> using array = std::vector<X, Lines<X>>;
@@ -180,8 +189,29 @@ inline vecf add_product(vecf acc, vecu a, vecu b) {
 inline vecf add_product(vecf acc, pair a, vecu b) { return add_product(acc, vecu{} + read<uint32_t>(&a), b); }
 #endif
 
-// Two vectors of bfloat16 values, lane by lane, as pairs.
-inline vecu join(vecf low, vecf high) { return ((vecu)low >> 16) | ((vecu)high & 0xffff0000u); }
+// Rows that are multiplied in pairs are read and written a line of 32 columns at a time. weave(a, b) pairs the numbers of two
+// lines (a's are the low ones) in the order that costs least: columns 0–3, 8–11, 16–19, 24–27 in the first vector, 4–7, 12–15, …
+// in the second. weave(0, b) is b in float, and unweave rounds back to a line.
+struct line { bf16 at[32]; };
+template <class V> struct woven { V first, second; };
+inline vecu load(const line* p) { return read<vecu>(p); }
+inline vecu load(const line* p, int64_t n) { vecu v = {}; std::memcpy(&v, p, n * sizeof(bf16)); return v; }
+#ifdef __AVX512BF16__
+inline woven<vecu> weave(vecu a, vecu b) {
+  return {(vecu)_mm512_unpacklo_epi16((__m512i)a, (__m512i)b), (vecu)_mm512_unpackhi_epi16((__m512i)a, (__m512i)b)};
+}
+inline __m512i unweave(woven<vecf> v) {
+  const __m512i order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);  // groups of four columns
+  return _mm512_permutexvar_epi64(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)v.second, (__m512)v.first));
+}
+inline woven<vecf> in_order(woven<vecf> v) {  // columns 0–15 and 16–31
+  return {__builtin_shufflevector(v.first, v.second, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23),
+          __builtin_shufflevector(v.first, v.second, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31)};
+}
+inline void store(line* p, woven<vecf> v) { write(p, unweave(v)); }
+inline void store(line* p, woven<vecf> v, int64_t n) { const __m512i bits = unweave(v); std::memcpy(p, &bits, n * sizeof(bf16)); }
+inline void stream(line* p, woven<vecf> v) { _mm512_stream_si512((__m512i*)p, unweave(v)); }
+#endif
 inline pair join(float low, float high) { pair p; narrow(low, p.low), narrow(high, p.high); return p; }
 
 // body(c, load, store) for each vector of a row of C elements, the incomplete one at the end last; store(p, v, true) streams.
