@@ -4,7 +4,8 @@ You should see medians with 20th and 80th percentiles, and an error, not a table
 
 CPU     one thread: processor time, so that what others do on the machine does not count; all threads: time on the wall.
         Providers take turns, in a new order each round, so that a machine that slows down slows them alike. Cold: other memory
-        was written in between; hot: the same was called just before, as often, for a cache keeps nothing new at once.
+        was written in between; hot: the same was called just before, as often and at least eight times: a last-level cache
+        keeps nothing new at once (at 16 MB the first call after others took twice as long as the eighth).
 CUDA    events; cold with other memory written in between, hot without; `graph` replays a captured graph, without launch gaps.
 """
 
@@ -34,6 +35,7 @@ from minireft.demo import processor
 RESULTS = Path(__file__).parent / "results"
 QUANTILES = (0.2, 0.5, 0.8)
 GRAPH_CALLS = 10                        # in one captured graph
+WARM = 8                                # calls before a hot one on a CPU, at least
 MEASURED = {"device", "torch", "compiler", "commit", "date", "backend", "rounds", "providers", "ceilings", "bytes", "operations", "share", "versions",
             "predicted_us"}             # of a row: what was found; all else says what was asked
 
@@ -88,8 +90,9 @@ class Clock:
                 if cold:
                     self.flush()
                 elif cold is not None:
-                    for run in phases[name]:
-                        self.seconds(run, repeats[name])
+                    for _ in range(1 if self.cuda else -(-WARM // repeats[name])):
+                        for run in phases[name]:
+                            self.seconds(run, repeats[name])
                 times[name].append([self.seconds(run, repeats[name]) for run in phases[name]])
         return {name: taken if isinstance(providers[name], tuple) else [t for t, in taken] for name, taken in times.items()}
 

@@ -64,7 +64,7 @@ template <bool COARSE> inline __attribute__((always_inline)) void normal(vecf a,
     const vecf p = polynomial(y, 3.989422346e-01f, 3.385282264e-02f, 4.677271175e-03f, 1.688273900e-04f, 6.352122756e-06f,
                               2.274923208e-08f);
     const vecf q = polynomial(y, 1.f, 2.515223608e-01f, 2.864597163e-02f, 1.884454688e-03f, 7.364801218e-05f, 1.197500351e-06f);
-    tail = at_least(0.5f - a * p * reciprocal<false>(q), 0.f);
+    tail = at_least(0.5f - a * p / q, 0.f);
   }
 }
 template <bool COARSE> void normal(vec<double> a, vec<double>& tail, vec<double>& density) {
