@@ -84,7 +84,7 @@ struct alignas(V * sizeof(T)) Pack {
 template <int V, class T>
 DEVICE Pack<V, T> load(const T* p SITE) {
 #if defined(MINIREFT_EMULATOR)
-  emulator::touch(p, V * sizeof(T), false AT);
+  emulator::touch(p, V * sizeof(T), false, false AT);
 #endif
   return *reinterpret_cast<const Pack<V, T>*>(p);
 }
@@ -92,7 +92,34 @@ DEVICE Pack<V, T> load(const T* p SITE) {
 template <int V, class T>
 DEVICE void store(T* p, const Pack<V, T>& value SITE) {
 #if defined(MINIREFT_EMULATOR)
-  emulator::touch(p, V * sizeof(T), true AT);
+  emulator::touch(p, V * sizeof(T), true, false AT);
+#endif
+  *reinterpret_cast<Pack<V, T>*>(p) = value;
+}
+
+// The same for what this pass does not touch again: L2 lets it go first, and keeps what is still needed.
+template <int V, class T>
+DEVICE Pack<V, T> load_last(const T* p SITE) {
+#if defined(MINIREFT_EMULATOR)
+  emulator::touch(p, V * sizeof(T), false, true AT);
+#else
+  if constexpr (V * sizeof(T) == 16) {
+    const uint4 bits = __ldcs(reinterpret_cast<const uint4*>(p));
+    return reinterpret_cast<const Pack<V, T>&>(bits);
+  }
+#endif
+  return *reinterpret_cast<const Pack<V, T>*>(p);
+}
+
+template <int V, class T>
+DEVICE void store_last(T* p, const Pack<V, T>& value SITE) {
+#if defined(MINIREFT_EMULATOR)
+  emulator::touch(p, V * sizeof(T), true, true AT);
+#else
+  if constexpr (V * sizeof(T) == 16) {
+    __stcs(reinterpret_cast<uint4*>(p), reinterpret_cast<const uint4&>(value));
+    return;
+  }
 #endif
   *reinterpret_cast<Pack<V, T>*>(p) = value;
 }

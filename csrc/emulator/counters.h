@@ -16,22 +16,23 @@ namespace minireft::emulator {
 constexpr int SECTOR = 32, BANKS = 32;
 
 // Least-recently-used cache of 32-byte sectors in front of device memory, the model behind `bytes`: empty at the start;
-// a read that misses moves a sector in; a written sector moves out when it is evicted, or at the end. Reads of a sector
+// a read that misses moves a sector in; a written sector moves out when it is evicted, or at the end. Sectors whose latest
+// access was load_last or store_last go before all others (PTX: "allocated with evict-first policy"). Reads of a sector
 // that is only partly written are not modelled (L2 keeps byte masks), and there is no L1: blocks run one after another.
 class Cache {
  public:
   int64_t capacity = 3 << 20, read = 0, written = 0;  // bytes; the default is an RTX 3060's L2
 
-  bool access(uint64_t sector, bool store) {  // → did it have to be read from memory
+  bool access(uint64_t sector, bool store, bool last) {  // → did it have to be read from memory
     auto [it, missed] = where.try_emplace(sector, 0);
     if (missed) {
       if (!store) read += SECTOR;
       if (int64_t(where.size()) * SECTOR > capacity) evict();
       it->second = unused.empty() ? grow() : take();
-      entries[it->second] = {sector, -1, -1, store};
+      entries[it->second] = {sector, -1, -1, store, last};
     } else {
       unlink(it->second);
-      entries[it->second].dirty |= store;
+      entries[it->second].dirty |= store, entries[it->second].last = last;
     }
     push_front(it->second);
     return missed && !store;
@@ -43,33 +44,38 @@ class Cache {
     return read + written + waiting;
   }
 
-  void clear() { where.clear(), entries.clear(), unused.clear(), head = tail = -1, read = written = 0; }
+  void clear() { where.clear(), entries.clear(), unused.clear(), kept = leaving = {}, read = written = 0; }
 
  private:
   struct Entry {
     uint64_t sector;
     int newer, older;
-    bool dirty;
+    bool dirty, last;
+  };
+  struct List {
+    int head = -1, tail = -1;
   };
   std::unordered_map<uint64_t, int> where;
   std::vector<Entry> entries;
   std::vector<int> unused;
-  int head = -1, tail = -1;
+  List kept, leaving;  // those of `leaving` are evicted first
 
   int grow() { return entries.emplace_back(), int(entries.size()) - 1; }
   int take() { int i = unused.back(); return unused.pop_back(), i; }
+  List& list_of(int i) { return entries[i].last ? leaving : kept; }
   void unlink(int i) {
     Entry& e = entries[i];
-    (e.newer < 0 ? head : entries[e.newer].older) = e.older;
-    (e.older < 0 ? tail : entries[e.older].newer) = e.newer;
+    (e.newer < 0 ? list_of(i).head : entries[e.newer].older) = e.older;
+    (e.older < 0 ? list_of(i).tail : entries[e.older].newer) = e.newer;
   }
   void push_front(int i) {
-    entries[i].newer = -1, entries[i].older = head;
-    (head < 0 ? tail : entries[head].newer) = i;
-    head = i;
+    List& list = list_of(i);
+    entries[i].newer = -1, entries[i].older = list.head;
+    (list.head < 0 ? list.tail : entries[list.head].newer) = i;
+    list.head = i;
   }
   void evict() {
-    int i = tail;
+    int i = leaving.tail < 0 ? kept.tail : leaving.tail;
     written += entries[i].dirty * SECTOR;
     unlink(i), where.erase(entries[i].sector), unused.push_back(i);
   }
@@ -78,7 +84,7 @@ class Cache {
 struct Access {  // one lane's part of one instruction
   const char* file;
   int line;
-  bool store, shared;
+  bool store, last, shared;
   uintptr_t address;
   int bytes, lane;
 };
@@ -135,7 +141,7 @@ inline void count_instruction(const std::vector<const Access*>& lanes) {
       uint64_t sector = touched[i].first;
       for (; i < touched.size() && touched[i].first == sector; i++) mask |= touched[i].second;
       sectors++, distinct += __builtin_popcount(mask);
-      site.fetched += l2.access(sector, first.store);
+      site.fetched += l2.access(sector, first.store, first.last);
     }
     site.bytes += distinct, site.sectors += sectors;
     // Fully coalesced: 16 bytes a lane, and no more sectors than the bytes need.

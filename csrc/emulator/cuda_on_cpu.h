@@ -155,7 +155,7 @@ inline void* shared_array(size_t bytes, const char* file, int line) {
   return memory;
 }
 
-inline void touch(const void* p, int bytes, bool store, const char* file, int line) {
+inline void touch(const void* p, int bytes, bool store, bool last, const char* file, int line) {
   uintptr_t address = reinterpret_cast<uintptr_t>(p);
   if (address % bytes) fail("misaligned access of " + std::to_string(bytes) + " bytes", file, line);
   if (!counting && !trace) return;
@@ -166,7 +166,7 @@ inline void touch(const void* p, int bytes, bool store, const char* file, int li
   }
   int id = block.current->id;
   if (trace) trace->push_back({blockIdx.x, id, line, store, shared, int64_t(address), bytes});
-  if (counting) block.warps[id / WARP].log[id % WARP].push_back({file, line, store, shared, address, bytes, id % WARP});
+  if (counting) block.warps[id / WARP].log[id % WARP].push_back({file, line, store, last, shared, address, bytes, id % WARP});
 }
 
 inline void run_block() {
