@@ -4,14 +4,18 @@ You should see bytes moved beside the least possible, the same on every run; the
 
 bytes       traffic to device memory, by a model: the chip's L2 as one LRU cache of 32-byte sectors, empty at the start,
             blocks one after another, what was written counted when it leaves; no L1.  The smallest L2 of the table.
+            What a kernel touches by load_last or store_last (PTX's .cs) leaves first.
 l2_bytes    all sectors that warps asked for.          least_bytes  each input read once, each output written once.
 coalescing  share of hot accesses (source lines that move at least 5 % of the sectors) that are 16 bytes a lane
             and touch no more sectors than their bytes need.        bank_conflicts  extra passes over shared memory.
 shuffles and mma (tensor-core steps) count once a warp, fma (multiply-adds) once a thread, barriers once a block.
 
-In bytes, forward passes move at most 1.05 times the least, backward passes 1.10 times; but where D, A, their gradients and
-partial sums fill the L2, g comes from memory twice: at r 32 or 64 with C 4096 and an L2 of 3 MB 1.20 times with N 256,
-1.31 to 1.32 with N 1024; 1.17 at r 8 with C 8192 and N 128.
+In bytes, forward passes move at most 1.05 times the least, backward passes 1.10 times, with two exceptions.  From one
+chunk of rows to the next D, A and their sums stay in L2: where they leave less than half of 3 MB to g (in float32 beyond
+r · C = 73,700), the part of g that does not fit is read twice: at C 4096 and r 64 1.12 times the least with N 256, 1.29
+with N 1024 (float32: 1.20 and 1.31).  And where D and A alone fill it, each tile of rows reads them again, since blocks run
+one after another here: at C 8192 and N 128, forward and backward, 1.14 and 1.20 times with r 33, 2.5 and 2.0 with r 64, and in
+float32, whose tiles are of 4 rows, 11 and 7.
 Banks that do not fit in it together come anew for each sequence: 4 times with --C 4096 --r 64 --tasks 4.
 """
 

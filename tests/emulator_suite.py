@@ -146,17 +146,19 @@ def edit_overflow(emulator):
 @check
 def edit_chunked(emulator):
     """Many chunks, splits, rows staged several times, and a ragged end: what a small L2 and many rows lead to."""
-    for dtype, w, (N, C, r), l2 in [
-        (F32, F32, (333, 64, 3), 48 << 10),
-        (BF16, BF16, (333, 64, 16), 48 << 10),
-        (BF16, F32, (700, 64, 2), 3 << 20),
-        (F32, F32, (300, 64, 16), 3 << 20),
-        (BF16, F32, (300, 64, 32), 3 << 20),
+    for dtype, w, (N, C, r), l2, chunks in [
+        (F32, F32, (333, 64, 3), 48 << 10, 3),
+        (BF16, BF16, (333, 64, 16), 48 << 10, 6),
+        (BF16, F32, (705, 64, 2), 3 << 20, 1),
+        (F32, F32, (300, 128, 16), 3 << 20, 1),
+        (BF16, F32, (300, 256, 16), 3 << 20, 1),
+        (BF16, F32, (161, 64, 20), 3 << 20, 6),
     ]:
         h, g, (D, A, b) = rows(1, N, C, dtype), rows(1, N, C, dtype), weights(C, r, w)
         _, delta, _ = emulator.low_rank_edit(h, D, A, b)
-        with emulator.counting(l2):
+        with emulator.counting(l2) as counts:
             gradients = emulator.low_rank_edit_backward(g, h, None, delta, D, A)
+        assert counts["kernels"][0]["name"].startswith("edit_rows") and counts["kernels"][0]["launches"] == chunks, "chunks"
         same(gradients, edit_backward, dtype, g, h, D, A, b, what=f"edit backward in chunks {N, C, r}")
 
 
@@ -223,7 +225,7 @@ def edit_positions_rule(emulator):
         assert all(torch.equal(a, b) for a, b in zip(*results)), "repeated or impossible positions are not ignored"
 
 
-def same_with_banks(emulator, B, T, C, r, dtype, w, K, positions, tasks, backward_under=nullcontext):
+def same_with_banks(emulator, B, T, C, r, dtype, w, K, positions, tasks, l2=None):
     """Forward and backward with K banks against the reference; δ of the rows that nobody edits is 0."""
     h, g, banks = rows(B, T, C, dtype), rows(B, T, C, dtype), weights(C, r, w, K)
     out, delta, saved = emulator.low_rank_edit(h, *banks, positions, tasks)
@@ -231,8 +233,9 @@ def same_with_banks(emulator, B, T, C, r, dtype, w, K, positions, tasks, backwar
     same(out, lambda h, *banks: reference.low_rank_edit_at(h, positions, *banks, tasks), dtype, h, *banks, what=what)
     left = (positions < 0) | ((tasks[:, None] if tasks.dim() == 1 else tasks) < 0)
     assert (delta.view(*positions.shape, r)[left] == 0).all(), "δ of rows that are not edited must be 0"
-    with backward_under():
+    with emulator.counting(l2) if l2 else nullcontext() as counts:
         gradients = emulator.low_rank_edit_backward(g, None, saved, delta, *banks[:2], positions, tasks)
+    assert not l2 or counts["kernels"][0]["launches"] > 1, "not in chunks"
     same(
         gradients,
         lambda g, h, *banks: reference.low_rank_edit_at_backward(g, h, positions, *banks, tasks),
@@ -268,9 +271,9 @@ def edit_banks_long(emulator):
     B, T, P, K = 3, 40, 37, 3
     positions = torch.stack([torch.randperm(T)[:P] for _ in range(B)])
     positions[1, 5:24] = -1
-    for dtype, r in [(F32, 4), (BF16, 16)]:
+    for dtype, r, l2 in [(F32, 2, 48 << 10), (BF16, 16, 264 << 10)]:
         for tasks in (torch.tensor([2, 0, -1]), torch.randint(-1, K, (B, P)), torch.arange(P).expand(B, P) // 18):
-            same_with_banks(emulator, B, T, 64, r, dtype, F32, K, positions, tasks, lambda: emulator.counting(96 << 10))
+            same_with_banks(emulator, B, T, 128, r, dtype, F32, K, positions, tasks, l2)
 
 
 @check

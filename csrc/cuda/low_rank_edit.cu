@@ -22,6 +22,11 @@ const char* too_large(const Edit& e) {
 // the bytes, 7.0 against 4.1 µs for 448 rows in 4 banks at C 4096 and r 64, by the count.
 bool by_mma(const Edit& e) { return e.dtype != Dtype::f32 && e.r >= 16 && e.r <= MMA_MAX && has_mma(); }
 
+// Do D and A take more than half of L2? Then what is written must not push them out.
+bool crowded(const Edit& e) {
+  return 2 * e.K * e.r * e.C * (e.weight_dtype == Dtype::f32 ? 4 : 2) > l2_size() / 2;
+}
+
 template <class T, class W>
 const char* launch_rows(const Rows& a, void* stream) {
   if (a.begin == a.end) return nullptr;
@@ -30,7 +35,7 @@ const char* launch_rows(const Rows& a, void* stream) {
                        aligned(a.second) && aligned(a.copy);
   if constexpr (sizeof(T) == 2) {
     if (vectors && by_mma(a.e)) {
-      const size_t shared = ceil_div(a.e.r, MMA_RANKS) * MMA_RANKS * MMA_ROWS * sizeof(float);
+      const size_t shared = ceil_div(a.e.r, MMA_RANKS) * MMA_TILE * sizeof(float);
       return LAUNCH((edit_rows_mma<T, W>), grid_of(a, MMA_ROWS), THREADS, shared, stream, a);
     }
   }
@@ -43,7 +48,7 @@ const char* launch_rows(const Rows& a, void* stream) {
 template <class T, class O>
 const char* launch_products(const Products& a, int splits, void* stream) {
   const int64_t C = a.e.C;
-  const bool vectors = C % fast<T> == 0 && a.vectors && aligned<T>(a.h) && aligned<T>(a.g) &&
+  const bool vectors = C % fast<T> == 0 && aligned<T>(a.h) && aligned<T>(a.g) &&
                        aligned(a.out[0]) && aligned(a.out[1]);
   if constexpr (sizeof(T) == 2) {
     if (vectors && by_mma(a.e)) {
@@ -56,11 +61,14 @@ const char* launch_products(const Products& a, int splits, void* stream) {
   return LAUNCH((sum_products<T, O, 1>), grid, THREADS, 0, stream, a);
 }
 
-// How the backward pass divides its N rows. Chunk by chunk, so that sum_products finds in L2 the g that edit_rows has
-// just read; with what both need again (D, A, the sums) that must fit. Where it cannot, one chunk, and g is read twice.
+// How the backward pass divides its N rows. sum_products is to find in L2 the g that edit_rows has read, beside D and A:
+// all rows at once if three quarters of g fit, else chunk by chunk. From one chunk to the next D, A and the sums have to
+// stay; where these leave less than half of L2 to g, chunks would be so small that their launches, two each, take longer
+// than to read g again: then all rows at once, too, and what does not fit of g is read twice.
 struct Plan {
   int64_t chunk, sums;  // rows at a time; elements of dD, dA and db
   int splits;           // shares of a chunk's rows, to occupy the GPU: as many as add no more than 3 % to the traffic
+  bool last;            // not all fits, so dh leaves L2 at once
 };
 
 Plan plan(const Edit& e) {
@@ -68,9 +76,13 @@ Plan plan(const Edit& e) {
   Plan p{larger(1, N), e.K * (2 * e.r * e.C + e.r), 1};
   const int64_t blocks = ceil_div(e.C, LANES * 16 / bytes) * ceil_div(e.r, by_mma(e) ? SUM_RANKS : RANKS) * 2 * e.K;
   p.splits = larger(1, smaller(32, smaller(256 / blocks, N * bytes / (96 * e.r * e.K))));
-  const int64_t room = l2_size() * 3 / 4 - 2 * e.K * e.r * e.C * weights - p.splits * p.sums * 4;
-  const int64_t rows = room / (3 * e.C * bytes + 2 * e.r * 4) / GROUPS * GROUPS;  // of g, dh, h, u and δ
-  if (rows > 0) p.chunk = larger(1, smaller(N, rows));
+  const int64_t row = e.C * bytes + 2 * e.r * 4, sums = p.splits * p.sums * 4;  // bytes of a row's g, u and δ; of the sums
+  const int64_t room = l2_size() * 7 / 8 - 2 * e.K * e.r * e.C * weights;
+  const int64_t most = N * e.C * bytes / (32 * e.r);  // rows whose u, which leaves L2 for nothing, adds 4 % to the traffic
+  const int64_t tile = by_mma(e) ? MMA_ROWS : 16, rows = smaller(most, (room - sums) / row) / tile * tile;
+  if (rows > 0 && room - sums >= l2_size() / 2 && (N > most || N * row * 3 / 4 > room))
+    p.chunk = ceil_div(ceil_div(N, ceil_div(N, rows)), tile) * tile;
+  p.last = N * (row + 2 * e.C * bytes) + sums > room;
   return p;
 }
 
@@ -85,7 +97,7 @@ int64_t low_rank_edit_workspace(const Edit& e) {
 
 const char* low_rank_edit(const Edit& e, const EditForward& f, void* stream) {
   TRY(too_large(e));
-  Rows a{e, f.h, f.out, f.down, f.up, f.bias, f.rows, static_cast<float*>(f.delta), nullptr, 0, e.B * e.P};
+  Rows a{e, f.h, f.out, f.down, f.up, f.bias, f.rows, static_cast<float*>(f.delta), nullptr, 0, e.B * e.P, crowded(e)};
   return by_dtype(e.dtype, e.weight_dtype,
                   [&](auto t, auto w) { return launch_rows<decltype(t), decltype(w)>(a, stream); });
 }
@@ -98,10 +110,10 @@ const char* low_rank_edit_backward(const Edit& e, const EditBackward& f, void* s
   float* u = reinterpret_cast<float*>(space);
   int64_t* places = reinterpret_cast<int64_t*>(space += padded(p.chunk * e.r * 4));
   float* sums = reinterpret_cast<float*>(space += padded(p.chunk * 8));
-  Rows rows{e, f.g, f.dh, f.up, f.down, nullptr, nullptr, nullptr, nullptr, 0, N};
+  Rows rows{e, f.g, f.dh, f.up, f.down, nullptr, nullptr, nullptr, nullptr, 0, N, f.ddown ? p.last : crowded(e)};
   const bool saved = f.rows != nullptr;
   const Stream h = saved ? Stream{const_cast<void*>(f.rows), e.P * e.C, e.C} : f.h;
-  Products products{e, u, static_cast<const float*>(f.delta), places, h, f.g, aligned(f.delta), saved, {}, {}, 0, 0, 0};
+  Products products{e, u, static_cast<const float*>(f.delta), places, h, f.g, aligned(f.delta), saved, {}, {}, false, 0, 0, 0};
   return by_dtype(e.dtype, e.weight_dtype, [&](auto t, auto w) -> const char* {
     using T = decltype(t);
     using W = decltype(w);
@@ -119,6 +131,7 @@ const char* low_rank_edit_backward(const Edit& e, const EditBackward& f, void* s
       const bool last = rows.end == N, direct = last && p.splits == 1;  // then the gradients are written here
       for (int i = 0; i < 3; i++) products.before[i] = n > 0 ? partial[i] : nullptr;
       for (int i = 0; i < 3; i++) products.out[i] = direct ? gradients[i] : static_cast<void*>(partial[i]);
+      products.direct = direct;
       TRY((direct ? launch_products<T, W>(products, 1, stream)
                   : launch_products<T, float>(products, p.splits, stream)));
     }

@@ -1,6 +1,6 @@
-// The scalar kernels of low_rank_edit.cu, for every rank, width, dtype and alignment: edits of rows, sums of products.
-// Included by low_rank_edit.cu, which says what is computed; tensor_cores.cuh has the same for half precision, r ≥ 16.
-// You should see two kernels: edit_rows, forward and half of the backward pass, and sum_products, the other half.
+// The edit itself, for every rank, width, dtype and alignment; tensor_cores.cuh has the same for half precision, r ≥ 16.
+// Included by low_rank_edit.cu, which says what is computed, after sum_products.cuh, the other half of the backward pass.
+// You should see one kernel, edit_rows: the forward pass, and half of the backward pass.
 #pragma once
 #include "common.cuh"
 
@@ -9,9 +9,6 @@ namespace {
 
 constexpr int RANKS = 8;          // ranks a thread sums at once
 constexpr int MAX_RANK = 2048;    // δ of a block's rows fits in 48 KB of shared memory
-constexpr int LANES = 8;          // lanes side by side along C in sum_products: 128 bytes of a row
-constexpr int GROUPS = THREADS / LANES;  // groups of lanes on different rows
-constexpr int CHUNK = 128;               // rows whose factors are staged at once
 
 struct Rows {
   Edit e;
@@ -21,6 +18,7 @@ struct Rows {
   float* factors;                     // P x + b, (N, r), 0 where nothing is edited, or null
   int64_t* places;                    // (N,): bank << 32 | token, −1 where nothing is edited, or null
   int64_t begin, end;                 // the rows of this launch
+  bool last;                          // `out` may leave L2 at once, which has to keep D and A, and the backward pass's g
 };
 
 // A tile is up to R rows that blocks edit at once: consecutive ones, and with tasks of one batch row, so that they take
@@ -171,121 +169,8 @@ __global__ void __launch_bounds__(THREADS, 1) edit_rows(Rows a) {
         UNROLL for (int v = 0; v < V; v++) row[i].at[v] = multiply_add(factor.at[i], q.at[v], row[i].at[v]);
     }
     UNROLL for (int i = 0; i < R; i++)
-      if (out[i] && c < C) store(out[i] + c, narrow<T>(row[i]));
+      if (out[i] && c < C) a.last ? store_last(out[i] + c, narrow<T>(row[i])) : store(out[i] + c, narrow<T>(row[i]));
   }
-}
-
-struct Products {
-  Edit e;
-  const float *u, *delta;  // (N, r) each
-  const int64_t* places;   // (N,)
-  Stream h, g;
-  bool vectors;            // u and delta may be read 16 bytes at a time
-  bool h_by_position;      // h is the saved rows: row (b, p), not (b, token)
-  void* out[3];            // dD, dA, db: (K, r, C), (K, r, C), (K, r)
-  float* before[3];        // the same of the rows before `begin`, or null
-  int64_t begin, end, split_stride;  // split i writes (and adds to) what lies i · split_stride elements further on
-};
-
-DEVICE int64_t share_of(const Products& a, int64_t split) {  // where a split's rows begin
-  return smaller(a.begin + split * ((a.end - a.begin + gridDim.y - 1) / gridDim.y), a.end);
-}
-
-// Brings to shared memory where the x of CHUNK rows from n0 lies (−1: not edited, or not this bank's, or beyond the end),
-// and RANKS_HERE of these rows' factors s, STRIDE apart, E in one access; of many banks, only those of this one.
-template <int RANKS_HERE, int STRIDE, int E>
-DEVICE void stage(const Products& a, int job, int64_t bank, int j0, int64_t n0, int64_t end, const Stream& x,
-                  float* factors, int64_t* offsets) {
-  const float* s = job == 1 ? a.delta : a.u;
-  if (threadIdx.x < CHUNK) {
-    const int64_t n = n0 + threadIdx.x, place = n < end ? load(a.places + n) : -1, b = uint32_t(n) / uint32_t(a.e.P);
-    const int64_t t = job == 0 && a.h_by_position ? n - b * a.e.P : place & 0xFFFFFFFF;
-    const bool mine = place >= 0 && place >> 32 == bank;
-    store(offsets + threadIdx.x, mine ? b * x.batch_stride + t * x.token_stride : int64_t(-1));
-  }
-  if (a.e.K > 1) __syncthreads();
-  for (int i = threadIdx.x; i < CHUNK * RANKS_HERE / E; i += THREADS) {
-    const int row = i / (RANKS_HERE / E), j = i % (RANKS_HERE / E) * E;
-    const bool wanted = a.e.K > 1 ? load(offsets + row) >= 0 : n0 + row < end;
-    store(factors + row * STRIDE + j, wanted && j0 + j < a.e.r ? load<E>(s + (n0 + row) * a.e.r + j0 + j) : Pack<E, float>{});
-  }
-}
-
-// E columns of a sum, from `to` on: added to what earlier rows gave, and written as partial sum or gradient.
-template <class O, int E>
-DEVICE void write_sum(const Products& a, int job, int64_t bank, int rank, int64_t C, int64_t to, Floats<E> total) {
-  const int64_t element = blockIdx.y * a.split_stride + (bank * a.e.r + rank) * C + to;
-  O* out = static_cast<O*>(a.out[job]) + element;
-  if (job == 2) {  // one column
-    store(out, narrow<O>(total.at[0] + (a.before[2] ? load(a.before[2] + element) : 0)));
-  } else {
-    const Floats<E> before = a.before[job] ? widen(load<E>(a.before[job] + element)) : all<E>(0);
-    UNROLL for (int e = 0; e < E; e++) total.at[e] += before.at[e];
-    store(out, narrow<O>(total));
-  }
-}
-
-// Σ s xᵀ over rows, into dD (job 0: s = u, x = h), dA (job 1: s = δ, x = g) or db (job 2: s = u, x = 1).
-// A block owns 8 ranks × 8 V columns of one job of one bank, and one share of the rows (split); it writes float sums to
-// be added by sum_partials, or the gradient itself. 32 groups of 8 lanes take different rows; their sums are added in
-// order.
-template <class T, class O, int V>
-__global__ void __launch_bounds__(THREADS) sum_products(Products a) {
-  constexpr int E = V < 4 ? V : 4, H = V / E,
-                JG = RANKS / 4;  // numbers in a shared access; accesses and ranks of a lane
-  SHARED(float, sums, WARPS * RANKS * LANES * V);
-  SHARED(float, factors, CHUNK * RANKS);
-  SHARED(int64_t, offsets, CHUNK);
-  const int job = 2 - blockIdx.z % 3, bank = blockIdx.z / 3, r = a.e.r;  // g before h: most of it is in L2 yet
-  const int64_t C = job == 2 ? 1 : a.e.C, tile = LANES * V;
-  const int rank_tiles = (r + RANKS - 1) / RANKS, j0 = blockIdx.x % rank_tiles * RANKS;
-  const int64_t column = blockIdx.x / rank_tiles * tile;
-  if (column >= C) return;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, q = threadIdx.x % LANES, group = threadIdx.x / LANES;
-  const int64_t c = column + q * V;
-  const Stream& x = job == 1 ? a.g : a.h;
-  const int64_t begin = share_of(a, blockIdx.y), end = share_of(a, blockIdx.y + 1);
-
-  float sum[RANKS * V] = {};
-  for (int64_t n0 = begin; n0 < end; n0 += CHUNK) {
-    __syncthreads();
-    if (a.vectors && r % 4 == 0)
-      stage<RANKS, RANKS, 4>(a, job, bank, j0, n0, end, x, factors, offsets);
-    else
-      stage<RANKS, RANKS, 1>(a, job, bank, j0, n0, end, x, factors, offsets);
-    __syncthreads();
-    UNROLL_BY(4) for (int m = group; m < CHUNK; m += GROUPS) {
-      const int64_t offset = load(offsets + m);
-      if (offset < 0 || c >= C) continue;
-      Floats<V> row = all<V>(1);
-      if (job < 2) row = widen(load<V>(static_cast<const T*>(x.data) + offset + c));
-      UNROLL for (int k = 0; k < RANKS; k += 4) {
-        Floats<4> factor = widen(load<4>(factors + m * RANKS + k));
-        UNROLL for (int i = 0; i < 4 * V; i++)
-          sum[k * V + i] = multiply_add(factor.at[i / V], row.at[i % V], sum[k * V + i]);
-      }
-    }
-  }
-
-  scatter_sum<RANKS * V, 16, 8>(sum);  // over the warp's four groups: group i is left with ranks i · JG …
-  UNROLL for (int i = 0; i < JG * V; i += E) {
-    Pack<E, float> some;
-    UNROLL for (int k = 0; k < E; k++) some.at[k] = sum[i + k];
-    store(sums + ((warp * JG * H + i / E) * 32 + lane) * E, some);
-  }
-  __syncthreads();
-  // Of the 8 warps' sums a thread adds E columns: chosen so that a warp writes whole sectors and reads without
-  // conflicts.
-  const int column_part = threadIdx.x / LANES % H, j = threadIdx.x / (LANES * H);
-  const int64_t to = column + q * V + column_part * E;
-  if (j >= RANKS || j0 + j >= r || to >= C) return;
-  Floats<E> total = all<E>(0);
-  for (int w = 0; w < WARPS; w++) {
-    const int slot = (w * JG * H + j % JG * H + column_part) * 32 + j / JG * LANES + q;
-    Floats<E> some = widen(load<E>(sums + slot * E));
-    UNROLL for (int e = 0; e < E; e++) total.at[e] += some.at[e];
-  }
-  write_sum<O, E>(a, job, bank, j0 + j, C, to, total);
 }
 
 }  // namespace

@@ -11,14 +11,16 @@
 #include <cstring>
 #include <type_traits>
 
-#include "low_rank_edit.cuh"
+#include "sum_products.cuh"
 
 namespace minireft::MINIREFT_BACKEND {
 namespace {
 
 constexpr int MMA_ROWS = 32;    // rows of x that a block edits: two tiles of 16
 constexpr int MMA_RANKS = 64;   // ranks it sums at once: eight tiles of 8
-constexpr int MMA_MAX = 256;    // ranks at most, so that δ of a block's rows fits in 32 KB of shared memory
+constexpr int MMA_MAX = 256;    // ranks at most, so that δ of a block's rows fits in 36 KB of shared memory
+constexpr int MMA_STRIDE = 72;  // between rows of δ there: ranks 2t, 2t + 1 of rows g then fall in different banks
+constexpr int MMA_TILE = MMA_ROWS * MMA_STRIDE;  // floats of δ for these rows and ranks
 constexpr int SUM_RANKS = 32;   // ranks of a block of sum_products_mma: two tiles of 16
 constexpr int SUM_STRIDE = 36;  // between rows of staged factors: rows 2t and ranks g then fall in different banks
 
@@ -60,19 +62,16 @@ DEVICE Split split(float x, float y) {
   return {pair(a, b), pair(narrow<T>(x - wide(a)), narrow<T>(y - wide(b)))};
 }
 
-// Adds each warp's accumulators in order into 16-byte units of shared memory, where lane l's unit u lies at u · 32 + l.
-template <int UNITS>
-DEVICE void add_warps(float* sums, const float (&mine)[UNITS][4]) {
+// Adds each warp's accumulators in order, in shared memory: elements e … e + E − 1 of unit u lie at place(u, e).
+template <int E, int UNITS, class Place>
+DEVICE void add_warps(const float (&mine)[UNITS][4], Place place) {
   for (int w = 0; w < WARPS; w++) {
-    UNROLL for (int u = 0; u < UNITS && int(threadIdx.x / 32) == w; u++) {
-      float* at = sums + (u * 32 + threadIdx.x % 32) * 4;
-      Pack<4, float> sum{{mine[u][0], mine[u][1], mine[u][2], mine[u][3]}};
-      if (w > 0) {
-        const Pack<4, float> before = load<4>(at);
-        UNROLL for (int e = 0; e < 4; e++) sum.at[e] += before.at[e];
+    UNROLL for (int u = 0; u < UNITS && int(threadIdx.x / 32) == w; u++)
+      UNROLL for (int e = 0; e < 4; e += E) {
+        Pack<E, float> sum = w > 0 ? load<E>(place(u, e)) : Pack<E, float>{};
+        UNROLL for (int k = 0; k < E; k++) sum.at[k] += mine[u][e + k];
+        store(place(u, e), sum);
       }
-      store(at, sum);
-    }
     __syncthreads();
   }
 }
@@ -86,7 +85,7 @@ __global__ void __launch_bounds__(THREADS, 1) edit_rows_mma(Rows a) {
   SHARED(int64_t, tokens, MMA_ROWS);
   SHARED(int64_t, batch, MMA_ROWS);
   SHARED(int64_t, banks, MMA_ROWS);
-  SHARED_DYNAMIC(float, factors, (a.e.r + MMA_RANKS - 1) / MMA_RANKS * MMA_ROWS * MMA_RANKS);
+  SHARED_DYNAMIC(float, factors, (a.e.r + MMA_RANKS - 1) / MMA_RANKS * MMA_TILE);  // (32, 64) for each 64 ranks
   const Tile here = locate<MMA_ROWS>(a, tokens, batch, banks);
   if (here.bank == a.e.K && blockIdx.y > 0) return;
   const int64_t C = a.e.C, n = here.n, bank = here.bank < 0 || here.bank == a.e.K ? 0 : here.bank;
@@ -127,25 +126,17 @@ __global__ void __launch_bounds__(THREADS, 1) edit_rows_mma(Rows a) {
         }
       }
     }
-    float* tile = factors + j0 * MMA_ROWS;
-    add_warps(tile, sum);
-    for (int u = threadIdx.x; u < 16 * 32; u += THREADS) {  // add b; 0 where nothing is edited
-      Pack<4, float> four = load<4>(tile + u * 4);
-      const int rank = j0 + u / 32 % 8 * 8 + u % 4 * 2;
-      UNROLL for (int half = 0; half < 2; half++) {
-        const int row = u / 256 * 16 + half * 8 + u % 32 / 4;
-        const int64_t token = load(tokens + row);
-        UNROLL for (int k = 0; k < 2; k++) {
-          float& f = four.at[half * 2 + k];
-          if (bias && rank + k < r) f += wide(load(bias + rank + k));
-          if (here.bank < 0) f = NAN;
-          if (token < 0) f = 0;
-          if (a.factors && r % 2 && rank + k < r && token != ELSEWHERE) store(a.factors + (n + row) * r + rank + k, f);
-        }
-        const Pack<2, float> two{{four.at[half * 2], four.at[half * 2 + 1]}};
-        if (a.factors && r % 2 == 0 && rank < r && token != ELSEWHERE) store(a.factors + (n + row) * r + rank, two);
-      }
-      store(tile + u * 4, four);
+    float* tile = factors + j0 / MMA_RANKS * MMA_TILE;
+    add_warps<2>(sum, [&](int u, int e) { return tile + (u / 8 * 16 + e / 2 * 8 + g) * MMA_STRIDE + u % 8 * 8 + 2 * t; });
+    const int rank = j0 + threadIdx.x % MMA_RANKS;
+    const float b = bias && rank < r ? wide(load(bias + rank)) : 0;
+    for (int row = threadIdx.x / MMA_RANKS; row < MMA_ROWS; row += THREADS / MMA_RANKS) {  // 0 where nothing is edited
+      const int64_t token = load(tokens + row);
+      float* at = tile + row * MMA_STRIDE + threadIdx.x % MMA_RANKS;
+      float factor = here.bank < 0 ? NAN : load(at) + b;
+      if (token < 0) factor = 0;
+      store(at, factor);
+      if (a.factors && rank < r && token != ELSEWHERE) store(a.factors + (n + row) * r + rank, factor);
     }
     __syncthreads();
   }
@@ -165,12 +156,13 @@ __global__ void __launch_bounds__(THREADS, 1) edit_rows_mma(Rows a) {
         UNROLL for (int j = 0; j < 8; j++) sum[i / 2 * 8 + j][i % 2 * 2 + k] = eight.at[j];
       }
     for (int k0 = 0; k0 < r; k0 += 16) {
-      const float* tile = factors + k0 / MMA_RANKS * MMA_RANKS * MMA_ROWS;
+      const float* tile = factors + k0 / MMA_RANKS * MMA_TILE + k0 % MMA_RANKS;
       uint32_t high[2][4], low[2][4];  // δ, whose accumulators are this operand's layout
       UNROLL for (int m = 0; m < 2; m++)
         UNROLL for (int i = 0; i < 2; i++) {
-          const Pack<4, float> four = load<4>(tile + ((m * 8 + k0 % MMA_RANKS / 8 + i) * 32 + lane) * 4);
-          const Split upper = split<T>(four.at[0], four.at[1]), lower = split<T>(four.at[2], four.at[3]);
+          const float* at = tile + (16 * m + g) * MMA_STRIDE + 8 * i + 2 * t;
+          const Pack<2, float> u = load<2>(at), v = load<2>(at + 8 * MMA_STRIDE);
+          const Split upper = split<T>(u.at[0], u.at[1]), lower = split<T>(v.at[0], v.at[1]);
           high[m][2 * i] = upper.high, high[m][2 * i + 1] = lower.high;
           low[m][2 * i] = upper.low, low[m][2 * i + 1] = lower.low;
         }
@@ -194,7 +186,7 @@ __global__ void __launch_bounds__(THREADS, 1) edit_rows_mma(Rows a) {
         const int64_t c = c0 + 32 * k + 8 * t;
         Floats<8> eight;
         UNROLL for (int j = 0; j < 8; j++) eight.at[j] = sum[i / 2 * 8 + j][i % 2 * 2 + k];
-        if (out[i] && c < C) store(out[i] + c, narrow<T>(eight));
+        if (out[i] && c < C) a.last ? store_last(out[i] + c, narrow<T>(eight)) : store(out[i] + c, narrow<T>(eight));
       }
   }
 }
@@ -210,16 +202,14 @@ __global__ void __launch_bounds__(THREADS, 1) sum_products_mma(Products a) {
   const int rank_tiles = (r + SUM_RANKS - 1) / SUM_RANKS, j0 = blockIdx.x % rank_tiles * SUM_RANKS;
   const int64_t C = job == 2 ? 1 : a.e.C, column = blockIdx.x / rank_tiles * 64, c = column + 8 * (g / 2 + g % 2 * 4);
   if (column >= C) return;
+  const bool last = j0 + SUM_RANKS >= r;  // of the blocks that read these columns
   const Stream& x = job == 1 ? a.g : a.h;
   const int64_t begin = share_of(a, blockIdx.y), end = share_of(a, blockIdx.y + 1);
 
   float sum[16][4] = {};  // tile (m, j) in parts: ranks j0 + 16 m …; see `order` below
   for (int64_t n0 = begin; n0 < end; n0 += CHUNK) {
     __syncthreads();
-    if (r % 4 == 0)
-      stage<SUM_RANKS, SUM_STRIDE, 4>(a, job, bank, j0, n0, end, x, factors, offsets);
-    else
-      stage<SUM_RANKS, SUM_STRIDE, 1>(a, job, bank, j0, n0, end, x, factors, offsets);
+    stage<SUM_RANKS, SUM_STRIDE>(a, job, bank, j0, n0, end, x, factors, offsets);
     __syncthreads();
     const int k0 = threadIdx.x / 32 * 16;
     if (n0 + k0 >= end) continue;
@@ -234,7 +224,8 @@ __global__ void __launch_bounds__(THREADS, 1) sum_products_mma(Products a) {
     Pack<8, T> row[4];
     UNROLL for (int i = 0; i < 4; i++) {
       row[i] = narrow<T>(all<8>(offset[i] >= 0 && job == 2 ? 1 : 0));
-      if (offset[i] >= 0 && job < 2 && c < C) row[i] = load<8>(static_cast<const T*>(x.data) + offset[i] + c);
+      const T* at = static_cast<const T*>(x.data) + offset[i] + c;
+      if (offset[i] >= 0 && job < 2 && c < C) row[i] = last ? load_last<8>(at) : load<8>(at);
     }
     UNROLL for (int m = 0; m < 2; m++) {
       uint32_t high[4], low[4];  // element i: ranks g + 8 (i % 2), rows 2t and 2t + 1, + 8 (i / 2)
@@ -255,7 +246,7 @@ __global__ void __launch_bounds__(THREADS, 1) sum_products_mma(Products a) {
   UNROLL for (int u = 0; u < 16; u++)
     UNROLL for (int k = 0; k < 4; k++) order[u][k] = sum[u / 8 * 8 + u % 2 * 4 + k][u / 2 % 4];
   __syncthreads();
-  add_warps(sums, order);
+  add_warps<4>(order, [&](int u, int) { return sums + (u * 32 + lane) * 4; });
   // A warp takes eight ranks' 128 bytes: whole sectors, no conflicts.
   for (int i = threadIdx.x; i < 16 * 32; i += THREADS) {
     const int h = i / 8 % 2, me = i / 64, holder = i / 16 % 4 * 8 + i % 8, e = me % 4;
