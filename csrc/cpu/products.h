@@ -218,7 +218,12 @@ inline __attribute__((always_inline)) void add_block(const T* const* x, T* const
   vec<T> acc[R][V];
   ask_for<T, V>(next, R, c);
   for (int i = 0; i < R; ++i)
-    for (int v = 0; v < V; ++v) acc[i][v] = vec<T>{};
+    for (int v = 0; v < V; v += per<M>)
+      if constexpr (per<M> == 1) acc[i][v] = vec<T>{};
+      else {  // x first: a result in bfloat16 loses nothing by it
+        const auto [first, second] = weave(vecu{}, load_row((const line*)(x[i] + c + v * L)));
+        acc[i][v] = (vecf)first, acc[i][v + 1] = (vecf)second;
+      }
   for (int64_t k = 0; k < n; ++k) {
     decltype(load(W)) w[V];
     for (int v = 0; v < V; ++v) w[v] = load(W + packed_at<M>(c, v, n, k)), hold(w[v]);
@@ -226,15 +231,9 @@ inline __attribute__((always_inline)) void add_block(const T* const* x, T* const
       for (int v = 0; v < V; ++v) acc[i][v] = add_product(acc[i][v], f[i * n + k], w[v]);
   }
   for (int i = 0; i < R; ++i)
-    for (int v = 0; v < V; v += per<M>) {  // x last: rounded once
-      const auto before = load_row((const columns<T, M>*)(x[i] + c + v * L));
-      auto* to = (columns<T, M>*)(out[i] + c + v * L);
-      if constexpr (per<M> == 1) store_row(to, before + acc[i][v]);
-      else {
-        const auto [first, second] = weave(vecu{}, before);
-        store_row(to, woven<vecf>{(vecf)first + acc[i][v], (vecf)second + acc[i][v + 1]});
-      }
-    }
+    for (int v = 0; v < V; v += per<M>)
+      if constexpr (per<M> == 1) store_row(out[i] + c + v * L, load_row(x[i] + c + v * L) + acc[i][v]);  // x last: rounded once
+      else store_row((line*)(out[i] + c + v * L), woven<vecf>{acc[i][v], acc[i][v + 1]});
 }
 
 // The same for columns begin … end of R rows, written past the caches or not.
