@@ -36,10 +36,12 @@ template <int RANKS_HERE, int STRIDE>
 DEVICE void stage(const Products& a, int job, int64_t bank, int j0, int64_t n0, int64_t end, const Stream& x,
                   float* factors, int64_t* offsets) {
   if (threadIdx.x < CHUNK / 2) {
+    const int64_t n1 = n0 + 2 * threadIdx.x;
     Pack<2, int64_t> two{};
-    if (n0 + 2 * threadIdx.x < end) two = load<2>(a.places + n0 + 2 * threadIdx.x);
+    if (n1 + 1 < end) two = load<2>(a.places + n1);
+    else if (n1 < end) two.at[0] = load(a.places + n1);
     UNROLL for (int e = 0; e < 2; e++) {
-      const int64_t n = n0 + 2 * threadIdx.x + e, place = two.at[e], b = uint32_t(n) / uint32_t(a.e.P);
+      const int64_t n = n1 + e, place = two.at[e], b = uint32_t(n) / uint32_t(a.e.P);
       const int64_t t = job == 0 && a.h_by_position ? n - b * a.e.P : place & 0xFFFFFFFF;
       const bool mine = n < end && place >= 0 && place >> 32 == bank;
       two.at[e] = mine ? b * x.batch_stride + t * x.token_stride : int64_t(-1);
@@ -49,7 +51,7 @@ DEVICE void stage(const Products& a, int job, int64_t bank, int j0, int64_t n0, 
   if (a.e.K > 1) __syncthreads();
   constexpr int L = RANKS_HERE / 4;
   const float* s = job == 1 ? a.delta : a.u;
-  const int64_t r = a.e.r, floats = a.e.B * a.e.P * r;
+  const int64_t r = a.e.r, floats = a.end * r;
   const int l = threadIdx.x % L, count = smaller(RANKS_HERE, r - j0);
   for (int i = 0; i < CHUNK; i += THREADS / L) {
     const int row = i + threadIdx.x / L;
