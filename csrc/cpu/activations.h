@@ -30,11 +30,12 @@ template <bool COARSE> vecf reciprocal(vecf x) {
 #endif
 }
 
-// e^−x for any x ≥ −87, as 2ⁿ 2^f with |f| ≤ ½; what would be smaller than e^−87 is e^−87.
-template <bool COARSE> inline __attribute__((always_inline)) vecf exp_minus(vecf x) {
-  const vecf y = at_least(-x, -87.f);
+// e^−(times · x) for any x, as 2ⁿ 2^f with |f| ≤ ½; what would be smaller than e^−87 is e^−87. Where COARSE the power of two is
+// rounded before it is split, which costs the digits that are not needed there.
+template <bool COARSE> inline __attribute__((always_inline)) vecf exp_minus(vecf x, float times = 1.f) {
   const float log2e = 1.44269504f, magic = 12582912.f;  // 1.5 · 2²³: adding it rounds to an integer
-  const vecf n = y * log2e + magic, f = y * log2e - (n - magic);
+  const vecf y = at_least(x * (COARSE ? -log2e * times : -times), COARSE ? -87.f * log2e : -87.f);
+  const vecf n = COARSE ? y + magic : y * log2e + magic, f = COARSE ? y - (n - magic) : y * log2e - (n - magic);
   const vecf p = COARSE ? polynomial(f, 1.f, 6.932829355e-01f, 2.422109725e-01f, 5.500888871e-02f)
                         : polynomial(f, 1.f, 6.931469776e-01f, 2.402224208e-01f, 5.550733760e-02f, 9.671512993e-03f,
                                      1.326472220e-03f);
@@ -54,7 +55,7 @@ template <bool COARSE> void logistic(vec<double> x, vec<double>& s, vec<double>&
 // Otherwise Φ(−a) = ½ − a P(a²) / Q(a²), 0 beyond a = 5.5, with no exponential, which only the slope needs then; its error is
 // absolute, below 2e-7, as that of ½ (1 − erf(a / √2)) in float32.
 template <bool COARSE> inline __attribute__((always_inline)) void normal(vecf a, vecf& tail, vecf& density) {
-  const vecf e = exp_minus<COARSE>(a * a * 0.5f);
+  const vecf e = exp_minus<COARSE>(a * a, 0.5f);
   density = e * 0.398942280f;
   if constexpr (COARSE) {
     tail = e * polynomial(reciprocal<true>(1.f + 0.3f * a), -1.359107242e-04f, 1.193691974e-01f, 1.340796043e-01f, 3.964107542e-02f,
