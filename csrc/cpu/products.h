@@ -25,20 +25,6 @@ inline __attribute__((always_inline)) void in_groups(int64_t count, const Body& 
     if (first < count) in_groups<N / 2>(count, body, first);
 }
 
-// body(V, c, load, store) for columns begin … end: V vectors at a time, then G, then what is left of G.
-template <class T, int V, int G, class Body>
-inline __attribute__((always_inline)) void in_vectors(int64_t begin, int64_t end, bool past, const Body& body) {
-  constexpr int64_t L = lanes<T>;
-  constexpr std::integral_constant<int, G> few;
-  const auto whole_load = [](auto* p) __attribute__((always_inline)) { return load(p); };
-  const auto whole_store = [past](auto* p, auto v) __attribute__((always_inline)) { past ? stream(p, v) : store(p, v); };
-  int64_t c = begin;
-  for (; c + V * L <= end; c += V * L) body(std::integral_constant<int, V>{}, c, whole_load, whole_store);
-  for (; c + G * L <= end; c += G * L) body(few, c, whole_load, whole_store);
-  if (const int64_t rest = end - c)
-    body(few, c, [rest](auto* p) { return load(p, rest); }, [rest](auto* p, auto v) { store(p, v, rest); });
-}
-
 // ---- x · Wᵀ ------------------------------------------------------------------------------------------------------------
 
 // out[i][k] = x[i] · W[k] for R rows and Q ranks; W is bfloat16 where pairs, neighbours in a row, are multiplied. Fewer ranks have

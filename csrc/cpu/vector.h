@@ -225,6 +225,20 @@ inline __attribute__((always_inline)) void over_row(int64_t C, const Body& body)
     body(c, [n](auto* p) { return load(p, n); }, [n](auto* p, auto v, bool = false) { store(p, v, n); });
 }
 
+// body(V, c, load, store) for columns begin … end: V vectors at a time, then G, then what is left of G.
+template <class T, int V, int G, class Body>
+inline __attribute__((always_inline)) void in_vectors(int64_t begin, int64_t end, bool past, const Body& body) {
+  constexpr int64_t L = lanes<T>;
+  constexpr std::integral_constant<int, G> few;
+  const auto whole_load = [](auto* p) __attribute__((always_inline)) { return load(p); };
+  const auto whole_store = [past](auto* p, auto v) __attribute__((always_inline)) { past ? stream(p, v) : store(p, v); };
+  int64_t c = begin;
+  for (; c + V * L <= end; c += V * L) body(std::integral_constant<int, V>{}, c, whole_load, whole_store);
+  for (; c + G * L <= end; c += G * L) body(few, c, whole_load, whole_store);
+  if (const int64_t rest = end - c)
+    body(few, c, [rest](auto* p) { return load(p, rest); }, [rest](auto* p, auto v) { store(p, v, rest); });
+}
+
 // Says that v is to stay in a register: otherwise gcc may load it again for each use.
 template <class V> inline __attribute__((always_inline)) void hold(V& v) {
 #if defined(__x86_64__)
