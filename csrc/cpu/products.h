@@ -277,9 +277,10 @@ void gradients(const T* const* g, const T* const* h, T* const* dh, const M* u_ra
 // Calls body(T{}, W{}) for the type of an edit's rows and that of weights in its products: bf16 in pairs, or the arithmetic's.
 template <class Body>
 void with_types(const Edit& e, const Body& body) {
-  if constexpr (HAS_PAIRS)
-    if (e.dtype == Dtype::bf16) return body(bf16{}, bf16{});
-  with_type(e.dtype, [&](auto t) { body(t, wide<decltype(t)>{}); });
+  with_type(e.dtype, [&](auto t) {
+    using T = decltype(t);
+    body(t, std::conditional_t<HAS_PAIRS && std::is_same_v<T, bf16>, bf16, wide<T>>{});
+  });
 }
 
 }  // namespace minireft::cpu
