@@ -103,6 +103,19 @@ def test_a_row_that_cannot_be_true_takes_no_others_with_it(monkeypatch, capsys, 
     assert kernels.run(grid, ["both"], "cpu", 0.0, False, None) == [{"pass": "both"}]
 
 
+def test_luck_is_allowed_to_few_numbers_only():
+    """Plain PyTorch exact, ours off by half a bfloat16's rounding: a bias passes beside bfloat16 rows, a matrix does not."""
+    rows = torch.ones(2, 2, dtype=torch.bfloat16)
+    for shape, wrong in (((64,), False), ((8, 9), True)):
+        exact = torch.ones(shape, dtype=torch.float64)
+        got, plain = (exact * (1 + 2 ** -9)).float(), exact.float()
+        call = lambda first=rows: harness.check("x", (first, got), (first.double(), exact), (first, plain), (first.double(), exact))
+        with pytest.raises(harness.Wrong, match="allowed") if wrong else nullcontext():
+            call()
+        with pytest.raises(harness.Wrong, match="allowed"):                # float32 throughout: nothing was summed more coarsely
+            call(rows.float())
+
+
 def test_the_stream_moves_what_it_says():
     """Its own peak of results is 0: it writes into memory that is there."""
     for reads, writes, around in ((100, 100, True), (100, 100, False), (200, 100, True), (300, 200, True), (100, 400, False), (1000, 100, True)):

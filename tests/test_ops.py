@@ -48,16 +48,15 @@ def on(backend: str, case: Case) -> Case:
 def assert_close(got, plain, truth, magnitude, computed=None):
     """Our error against float64 is at most twice plain PyTorch's own in that dtype.
 
-    Plain PyTorch may be exact by luck, so one rounding is granted as well: of the result to its dtype, or the one it was computed
-    in (plain PyTorch sums a float32 weight's gradient in the activations' dtype; a bias of rank 1 is one number, and luck is
-    common), and of the arithmetic (float32) at the size of the terms that are summed, which is the same formula on absolute
-    values.  NaN fails.
+    Plain PyTorch may be exact by luck, so one rounding is granted as well: of the result to its dtype, and of the arithmetic
+    (float32) at the size of the terms that are summed, which is the same formula on absolute values.  Few numbers (a bias of
+    rank 1 is one) are often exact by luck: of them, one rounding to the dtype that plain PyTorch computed them in.  NaN fails.
     """
     if not got.numel():
         return
     error, theirs = ((x.cpu().double() - truth).abs().max().item() for x in (got, plain))
     wide = torch.promote_types(got.dtype, torch.float32)
-    floor = torch.finfo(computed or got.dtype).eps * truth.abs().max().item() + torch.finfo(wide).eps * magnitude.abs().max().item()
+    floor = torch.finfo(computed if computed and got.numel() <= 64 else got.dtype).eps * truth.abs().max().item() + torch.finfo(wide).eps * magnitude.abs().max().item()
     assert error <= 2 * theirs + floor, f"error {error:.3g}, plain PyTorch's {theirs:.3g}, one rounding {floor:.3g}"
 
 
@@ -207,7 +206,7 @@ def test_many_ranks_are_as_exact_as_few(backend, N, C, r, dtype, weights):
         (case, "plain"), (case.to(dtype=torch.float64), reference), (case.absolute(), reference)))
     h, down, _, bias = (a.float() for a in case.arguments.values())
     plain["delta"], truth["delta"] = torch.addmm(bias, h[0], down.T), torch.addmm(bias.double(), h[0].double(), down.double().T)
-    if dtype == "bfloat16" and (backend == "cpu" or r >= 16):              # such weights may have been rounded; elsewhere not at lower ranks
+    if dtype == "bfloat16":                                                # such weights may have been rounded
         plain["delta"] = torch.addmm(bias, h[0], down.bfloat16().float().T)
     for n in got:                                                          # of values plain PyTorch's are not exact by luck
         assert_close(got[n], plain[n], truth[n], magnitude[n] if n in case.arguments else torch.zeros(()))

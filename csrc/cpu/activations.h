@@ -32,8 +32,8 @@ template <bool COARSE> vecf reciprocal(vecf x) {
 #endif
 }
 
-// N vectors side by side, each operation on all of them before the next: a processor looks ahead by a hundred operations or so,
-// and a vector's thirty wait for one another. Two make a forward pass of gelu a twelfth faster, in bfloat16 four a fifth.
+// N vectors side by side, each operation on all of them before the next: a processor looks ahead only so far, and one
+// vector's thirty operations wait for one another. Two make a forward pass of gelu a twelfth faster, in bfloat16 four a fifth.
 template <int N> struct many { vecf v[N]; };
 template <class X> constexpr int count_of = 0;
 template <int N> constexpr int count_of<many<N>> = N;

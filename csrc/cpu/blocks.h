@@ -1,4 +1,4 @@
-// Large results in memory that is used again: a fresh block costs more in page faults than most kernels in arithmetic.
+// Large results, and sums on the way to them, in memory that is used again: a fresh block costs more in page faults than most kernels in arithmetic.
 // take() hands out a kept block of about the right size, or a new one of 2 MiB pages; give() keeps it for the next call.
 // You should see 16 MiB come in microseconds where malloc and the first touch take milliseconds; and of equal blocks the one
 // that was given last, which is still in cache if anything is.

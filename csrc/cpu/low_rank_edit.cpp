@@ -1,8 +1,7 @@
 // h + Aᵀ(D h + b) on the CPU, forward: the arithmetic behind LoReFT and DiReFT; products.h has the products.
-// Four rows at a time stay in cache between the two products. low_rank_edit_backward.cpp is its other half.
-// You should see it outrun addmm(h, D h + b, A) where N·C leaves the cache; benchmarks/results says where not. At r = 1
-// passes over memory are what counts, 2 for its 5 forward and 3 for its 7 backward; in bfloat16 at r = 64 products, of which
-// both do as many.
+// A few rows at a time stay in cache between the two products. low_rank_edit_backward.cpp is its other half.
+// You should see it outrun addmm(h, D h + b, A), most where N·C leaves the cache: it passes over memory twice for 5 times, and
+// backward 3 times for 7. Least in bfloat16 at r = 64, where products are what counts, of which both do as many.
 #include "parallel.h"
 #include "products.h"
 #include "rows.h"
@@ -16,7 +15,7 @@ void forward(const Edit& e, const EditForward& f) {
   using M = multiplier<W>;
   const int64_t C = e.C, r = e.r, N = e.B * e.P, n_units = units<M>(r);
   if (f.delta && (e.positions.data || e.tasks.data)) std::fill_n((F*)f.delta, N * r, F(0));
-  constexpr int64_t PIECES = 64, PIECE = 16, width = VECTORS * lanes<T>;
+  constexpr int64_t PIECES = 64, TILE = 16, width = VECTORS * lanes<T>;
   const bool past = f.out.data != f.h.data && streams<T>(f.out, N, C);
   for (const Group& group : group_rows(e)) {
     const int64_t first = group.bank * r * C;
@@ -27,17 +26,17 @@ void forward(const Edit& e, const EditForward& f) {
     // Four rows at a time; more, which share one reading of D and A, where these do not fit in a core's cache or are not read as
     // they lie, or where rows are narrow.
     const bool narrow = C * sizeof(T) <= 1024;
-    const int64_t tile = narrow || dots.in_lanes() || 2 * r * C * sizeof(W) > (512 << 10) ? PIECE : ROWS;
+    const int64_t tile = narrow || dots.in_lanes() || 2 * r * C * sizeof(W) > (512 << 10) ? TILE : ROWS;
     const int64_t step = tile == ROWS || narrow ? C : width;
-    const int64_t piece_rows = (group.count / PIECES + PIECE) / PIECE * PIECE;
+    const int64_t piece_rows = (group.count / PIECES + TILE) / TILE * TILE;
     parallel((group.count + piece_rows - 1) / piece_rows, [&](int64_t piece) {
       array<F> delta(tile * r);
       array<M> space(tile * n_units);
       const int64_t end = std::min((piece + 1) * piece_rows, group.count);
       for (int64_t begin = piece * piece_rows; begin < end; begin += tile) {
-        const T* x[PIECE];
-        T* out[PIECE];
-        const T* next[PIECE];
+        const T* x[TILE];
+        T* out[TILE];
+        const T* next[TILE];
         const int64_t rows = std::min(tile, end - begin);
         for (int64_t i = 0; i < rows; ++i) {
           const int64_t n = group[begin + i];

@@ -30,7 +30,7 @@ void backward(const Edit& e, const EditBackward& f) {
   // tile's are asked for.
   const bool ahead = small && C * sizeof(T) <= 4096 && e.B * e.P * C * sizeof(T) >= (4 << 20);
   const int64_t tile = small ? ROWS_AT_ONCE : WIDE_TILE, L = lanes<F>;
-  const int64_t width = small ? C : std::max<int64_t>(4 * L, (128 << 10) / (r * sizeof(F)) / (2 * L) * (2 * L));
+  const int64_t width = small ? C : std::max<int64_t>(4 * L, (128 << 10) / (r * sizeof(F)) / at_once<M> * at_once<M>);
   for (const Group& group : group_rows(e)) {
     const int64_t first = group.bank * r * C;
     const Weights<W> D(f.down, e.weight_dtype, r * C, first), A(f.up, e.weight_dtype, r * C, first);

@@ -37,7 +37,7 @@ void dot_block(const T* const* x, const W* w, int64_t C, wide<T>* out, int64_t r
   constexpr int L = lanes<T>, MOST = ROWS * ranks<T>, S = ranks<T> / Q;
   vec<T> acc[MOST];
   for (int j = 0; j < MOST; ++j) acc[j] = vec<T>{};
-  in_vectors<X, S, 1>(0, C / per<X>, false, [&](auto V, int64_t c, auto load, auto) __attribute__((always_inline)) {
+  in_vectors<X, S, 1>(0, C / per<X>, [&](auto V, int64_t c, auto load, auto) __attribute__((always_inline)) {
     decltype(load((const X*)x[0])) xs[R][V];
 #pragma GCC unroll 16  // or accumulators lie in memory
     for (int i = 0; i < R; ++i)
@@ -142,7 +142,7 @@ template <class M, class W>
 array<M> packed(const W* w, int64_t C, int64_t r) {
   array<M> all(packed_size<M>(C, units<M>(r)));
   M* to = all.data();
-  in_vectors<W, per<M>, per<M>>(0, C, false, [&](auto, int64_t c, auto load, auto) {
+  in_vectors<W, per<M>, per<M>>(0, C, [&](auto, int64_t c, auto load, auto) {
     for (int64_t k = 0; k < r; k += per<M>, to += at_once<M>) {
       const auto low = load((const columns<W, M>*)(w + k * C + c));
       if constexpr (per<M> == 2) write(to, weave(low, k + 1 < r ? load((const line*)(w + (k + 1) * C + c)) : vecu{}));
@@ -199,7 +199,7 @@ inline __attribute__((always_inline)) void ask_for(const T* const* rows, int cou
 // out[i][c] = x[i][c] + Σ_k f[i][k] W[k][c] for R rows and V vectors of columns, W packed, n multipliers a row.
 template <class T, class M, int R, int V, class Load, class Store>
 inline __attribute__((always_inline)) void add_block(const T* const* x, T* const* out, const M* f, const M* W, int64_t n,
-                                                     int64_t c, Load load_row, Store store_row, const T* const* next) {
+                                                     int64_t c, Load load_row, Store store_row, const T* const* next, bool past) {
   constexpr int L = lanes<T>;
   vec<T> acc[R][V];
   ask_for<T, V>(next, R, c);
@@ -218,16 +218,16 @@ inline __attribute__((always_inline)) void add_block(const T* const* x, T* const
   }
   for (int i = 0; i < R; ++i)
     for (int v = 0; v < V; v += per<M>)
-      if constexpr (per<M> == 1) store_row(out[i] + c + v * L, load_row(x[i] + c + v * L) + acc[i][v]);  // x last: rounded once
-      else store_row((line*)(out[i] + c + v * L), woven<vecf>{acc[i][v], acc[i][v + 1]});
+      if constexpr (per<M> == 1) store_row(out[i] + c + v * L, load_row(x[i] + c + v * L) + acc[i][v], past);  // x last: rounded once
+      else store_row((line*)(out[i] + c + v * L), woven<vecf>{acc[i][v], acc[i][v + 1]}, past);
 }
 
 // The same for columns begin … end of R rows, written past the caches or not.
 template <class T, class M, int R>
 void add_products(const T* const* x, T* const* out, const M* f, const M* W, int64_t n, int64_t begin, int64_t end,
                   const T* const* next, bool past) {
-  in_vectors<T, VECTORS, per<M>>(begin, end, past, [&](auto V, int64_t c, auto load_row, auto store_row) __attribute__((always_inline)) {
-    add_block<T, M, R, V>(x, out, f, W, n, c, load_row, store_row, next);
+  in_vectors<T, VECTORS, per<M>>(begin, end, [&](auto V, int64_t c, auto load_row, auto store_row) __attribute__((always_inline)) {
+    add_block<T, M, R, V>(x, out, f, W, n, c, load_row, store_row, next, past);
   });
 }
 
@@ -262,12 +262,12 @@ inline __attribute__((always_inline)) void sum_block(const T* const* x, const M*
 template <class T, class M, int R>
 void gradients(const T* const* g, const T* const* h, T* const* dh, const M* u_ranks, const M* u, const M* delta, const M* D,
                wide<T>* dD, wide<T>* dA, int64_t r, int64_t begin, int64_t end, const T* const* next, bool past) {
-  in_vectors<T, per<M>, per<M>>(begin, end, past, [&](auto V, int64_t c, auto load_row, auto store_row) __attribute__((always_inline)) {
+  in_vectors<T, per<M>, per<M>>(begin, end, [&](auto V, int64_t c, auto load_row, auto store_row) __attribute__((always_inline)) {
     ask_for<T, V>(next, 2 * R, c);
     if (dD) sum_block<T, M, R, V>(h, u, dD, r, c, load_row), sum_block<T, M, R, V>(g, delta, dA, r, c, load_row);
     if (dh)
       in_groups<ROWS * VECTORS / V>(R, [&](int64_t i, auto S) __attribute__((always_inline)) {
-        add_block<T, M, S, V>(g + i, dh + i, u_ranks + i * units<M>(r), D, units<M>(r), c, load_row, store_row, nullptr);
+        add_block<T, M, S, V>(g + i, dh + i, u_ranks + i * units<M>(r), D, units<M>(r), c, load_row, store_row, nullptr, past);
       });
   });
 }

@@ -214,29 +214,25 @@ inline void stream(line* p, woven<vecf> v) { _mm512_stream_si512((__m512i*)p, un
 #endif
 inline pair join(float low, float high) { pair p; narrow(low, p.low), narrow(high, p.high); return p; }
 
-// body(c, load, store) for each vector of a row of C elements, the incomplete one at the end last; store(p, v, true) streams.
-template <class T, class Body>
-inline __attribute__((always_inline)) void over_row(int64_t C, const Body& body) {
-  int64_t c = 0;
-  for (; c + lanes<T> <= C; c += lanes<T>)
-    body(c, [](auto* p) __attribute__((always_inline)) { return load(p); },
-         [](auto* p, auto v, bool past = false) __attribute__((always_inline)) { past ? stream(p, v) : store(p, v); });
-  if (const int64_t n = C - c)
-    body(c, [n](auto* p) { return load(p, n); }, [n](auto* p, auto v, bool = false) { store(p, v, n); });
-}
-
-// body(V, c, load, store) for columns begin … end: V vectors at a time, then G, then what is left of G.
+// body(V, c, load, store) for columns begin … end: V vectors at a time, then G, then what is left of G; store(p, v, true) streams.
 template <class T, int V, int G, class Body>
-inline __attribute__((always_inline)) void in_vectors(int64_t begin, int64_t end, bool past, const Body& body) {
+inline __attribute__((always_inline)) void in_vectors(int64_t begin, int64_t end, const Body& body) {
   constexpr int64_t L = lanes<T>;
   constexpr std::integral_constant<int, G> few;
   const auto whole_load = [](auto* p) __attribute__((always_inline)) { return load(p); };
-  const auto whole_store = [past](auto* p, auto v) __attribute__((always_inline)) { past ? stream(p, v) : store(p, v); };
+  const auto whole_store = [](auto* p, auto v, bool past = false) __attribute__((always_inline)) { past ? stream(p, v) : store(p, v); };
   int64_t c = begin;
   for (; c + V * L <= end; c += V * L) body(std::integral_constant<int, V>{}, c, whole_load, whole_store);
-  for (; c + G * L <= end; c += G * L) body(few, c, whole_load, whole_store);
+  if constexpr (G < V)
+    for (; c + G * L <= end; c += G * L) body(few, c, whole_load, whole_store);
   if (const int64_t rest = end - c)
-    body(few, c, [rest](auto* p) { return load(p, rest); }, [rest](auto* p, auto v) { store(p, v, rest); });
+    body(few, c, [rest](auto* p) { return load(p, rest); }, [rest](auto* p, auto v, bool = false) { store(p, v, rest); });
+}
+
+// body(c, load, store) for each vector of a row of C elements.
+template <class T, class Body>
+inline __attribute__((always_inline)) void over_row(int64_t C, const Body& body) {
+  in_vectors<T, 1, 1>(0, C, [&](auto, int64_t c, auto load, auto store) __attribute__((always_inline)) { body(c, load, store); });
 }
 
 // Says that v is to stay in a register: otherwise gcc may load it again for each use.

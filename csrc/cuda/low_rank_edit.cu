@@ -79,7 +79,8 @@ Plan plan(const Edit& e) {
   const int64_t row = e.C * bytes + 2 * e.r * 4, sums = p.splits * p.sums * 4;  // bytes of a row's g, u and δ; of the sums
   const int64_t room = l2_size() * 7 / 8 - 2 * e.K * e.r * e.C * weights;
   const int64_t most = N * e.C * bytes / (32 * e.r);  // rows whose u, which leaves L2 for nothing, adds 4 % to the traffic
-  const int64_t tile = by_mma(e) ? MMA_ROWS : 16, rows = smaller(most, (room - sums) / row) / tile * tile;
+  const int64_t tile = by_mma(e) ? MMA_ROWS : 16;  // chunks begin at a sector of u and δ, whatever r
+  const int64_t rows = smaller(most, (room - sums) / row) / tile * tile;
   if (rows > 0 && room - sums >= l2_size() / 2 && (N > most || N * row * 3 / 4 > room))
     p.chunk = ceil_div(ceil_div(N, ceil_div(N, rows)), tile) * tile;
   p.last = N * (row + 2 * e.C * bytes) + sums > room;

@@ -1,5 +1,5 @@
 // The edit itself, for every rank, width, dtype and alignment; tensor_cores.cuh has the same for half precision, r ≥ 16.
-// Included by low_rank_edit.cu, which says what is computed, after sum_products.cuh, the other half of the backward pass.
+// low_rank_edit.cu says what is computed; sum_products.cuh, which includes this, has the other half of the backward pass.
 // You should see one kernel, edit_rows: the forward pass, and half of the backward pass.
 #pragma once
 #include "common.cuh"

@@ -1,5 +1,5 @@
 // The gradients of D and A, sums of products over rows, for every rank, width, dtype and alignment: sum_products.
-// Included by low_rank_edit.cu, which says what is computed; tensor_cores.cuh has the same for half precision, r ≥ 16.
+// low_rank_edit.cu says what is computed; tensor_cores.cuh, which includes this, has the same for half precision, r ≥ 16.
 // You should see columns shared out to blocks and rows to groups of lanes, and their sums added in a fixed order.
 #pragma once
 #include "low_rank_edit.cuh"
@@ -31,7 +31,7 @@ DEVICE int64_t share_of(const Products& a, int64_t split) {  // where a split's 
 // Brings to shared memory where the x of CHUNK rows from n0 lies (−1: not edited, or not this bank's, or beyond the end),
 // and RANKS_HERE of these rows' factors s, rows STRIDE apart; of many banks, only those of this one.
 // A row's r floats begin anywhere in a sector. So its L lanes read the whole sectors in which these ranks lie, 16 bytes
-// each and twice more, pass on what their neighbours need, and shift.
+// each and the first two lanes 16 more, pass on what their neighbours need, and shift.
 template <int RANKS_HERE, int STRIDE>
 DEVICE void stage(const Products& a, int job, int64_t bank, int j0, int64_t n0, int64_t end, const Stream& x,
                   float* factors, int64_t* offsets) {
